@@ -1,0 +1,1 @@
+"""The suite: case -> inputs -> oracle -> ranks -> shards -> checks -> report."""

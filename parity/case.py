@@ -1,0 +1,130 @@
+"""A case says what is to be shown. It is declared, never coded.
+
+Axis legend for shapes: a layer is `(in, out)`, as in `torch.nn.Linear`. Everything that a rank needs to
+rebuild the case's inputs is in the case itself, so a case identifier and a seed are a whole reproduction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+Link = Literal["algebra", "shards", "frameworks", "training", "controls"]
+Model = Literal["stack", "codec", "pretrained"]
+Proof = Literal["lattice", "one-hot", "bound", "sensitivity", "decode"]
+Base = Literal["float32", "bfloat16", "float64", "nf4"]
+Compute = Literal["float32", "bfloat16", "float64"]
+
+LINKS: tuple[Link, ...] = ("algebra", "shards", "frameworks", "training", "controls")
+UNSHARDED = "none"
+"""The strategy of a case that one process runs without any sharding."""
+
+TORCH_STRATEGIES = (UNSHARDED, "fsdp1", "fsdp1-orig", "fsdp2")
+"""What `torch_impl` and third parties run; all other strategies belong to a built-in subject."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One thing to show, about one model, under one strategy."""
+
+    link: Link
+    """The link of the argument that this case belongs to."""
+    model: Model
+    """A stack of linear layers, the 4-bit codec alone, or a pretrained network."""
+    proof: Proof
+    """How the shards are compared, and hence what the inputs must be."""
+    subject: str = "torch_impl"
+    """The implementation that runs it; `--impl` replaces `torch_impl` only."""
+    strategy: str = UNSHARDED
+    """How the subject shards."""
+    world: int = 1
+    """The number of ranks."""
+    layers: tuple[tuple[int, int], ...] = ()
+    """`(in, out)` of each linear layer of a stack."""
+    shape_name: str = ""
+    """The name that the identifier gives those shapes."""
+    rank: int = 4
+    """The adapter's inner size r."""
+    alpha: float = 4.0
+    """D1: scaling is alpha / rank."""
+    tokens: int = 24
+    """Tokens of all ranks together; they are dealt unevenly."""
+    base: Base = "float32"
+    """How the frozen weight is stored."""
+    compute: Compute = "float32"
+    """The dtype that the layer multiplies in."""
+    param_dtype: Compute | None = None
+    """What FSDP casts the dense base weight to on the wire; None leaves it."""
+    activation: Literal["identity", "relu"] = "identity"
+    """What stands between two layers of a stack."""
+    bias: bool = False
+    """Whether the base layers have one (D8)."""
+    zero_rows: bool = False
+    """Whether some rows of V are zero (D7)."""
+    zero_b: bool = False
+    """Whether B starts at zero (D12)."""
+    steps: int = 1
+    """Optimizer steps: SGD with momentum (T3)."""
+    blocks: int = 0
+    """Decoder blocks of a pretrained network that are kept."""
+    clauses: tuple[str, ...] = ()
+    """The clauses of SPEC.md that its checks bear on."""
+    divide_gradients_by: int = 1
+    """For an unsharded twin of a one-hot case: the world size that its gradients are divided by."""
+    twin_world: int = 0
+    """For an unsharded twin: the world size whose batches it sees."""
+    seed: int = 0
+    """Changes every drawn number."""
+
+    @property
+    def id(self) -> str:
+        """The identifier: the same words in the same order for every case."""
+        features = [name for name in ("bias", "zero_rows", "zero_b") if getattr(self, name)]
+        if self.activation != "identity":
+            features.append(self.activation)
+        if self.param_dtype:
+            features.append(f"wire-{self.param_dtype}")
+        parts = [self.model, self.proof, self.subject, f"{self.strategy}-w{self.world}"]
+        parts.append(self.shape_name or f"{self.blocks}-blocks")
+        parts.append(f"{self.base}-{self.compute}")
+        parts.append("+".join(features).replace("_", "-") or "plain")
+        return "/".join(parts)
+
+    @property
+    def learning_rate(self) -> float:
+        """Dyadic, so that the first update of a lattice case is exact."""
+        return 2.0**-4 if self.model != "pretrained" else 2.0**-7
+
+    @property
+    def momentum(self) -> float:
+        """SGD's momentum (T3)."""
+        return 0.5
+
+    @property
+    def input_world(self) -> int:
+        """The world size whose batches are dealt: the twin sees those of the case it stands beside."""
+        return self.twin_world or self.world
+
+    def hot_rank(self, step: int) -> int | None:
+        """In a one-hot case each rank in turn has the only non-zero loss; elsewhere None."""
+        return step % self.input_world if self.proof == "one-hot" else None
+
+    def unsharded_twin(self) -> Case:
+        """The same mathematics in one process: what link 2 compares the shards with."""
+        divisor = self.world if self.proof == "one-hot" else 1
+        return dataclasses.replace(
+            self,
+            strategy=UNSHARDED,
+            world=1,
+            twin_world=self.twin_world_needed,
+            divide_gradients_by=divisor,
+            param_dtype=None,
+            link="frameworks",
+            clauses=(),
+        )
+
+    @property
+    def twin_world_needed(self) -> int:
+        """One-hot batches depend on the world size; all other twins see every token at once."""
+        return self.world if self.proof == "one-hot" else 1

@@ -1,0 +1,20 @@
+"""The declared cases, a file a tier."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from parity.case import Case
+from parity.cases.algebra import algebra_cases
+from parity.cases.codec import codec_cases
+from parity.cases.pretrained import pretrained_cases
+from parity.cases.stacks import stack_cases
+
+Tier = Literal["quick", "full"]
+TIERS: tuple[Tier, ...] = ("quick", "full")
+
+
+def cases_of(tier: Tier) -> list[Case]:
+    """Every case of a tier, those of small worlds first, each identifier once."""
+    cases = [*algebra_cases(), *codec_cases(), *stack_cases(tier), *pretrained_cases(tier)]
+    return sorted(cases, key=lambda case: (case.model == "pretrained", case.world, case.blocks))

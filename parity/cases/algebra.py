@@ -1,0 +1,39 @@
+"""Link 1: reference autodiff, the closed form, differences of the norm-frozen surrogate, and peft as outside witness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+from parity.case import Case
+from parity.cases.shapes import THIN, UNEVEN
+
+_SUBJECTS = {
+    "closed-form": ("D1", "D2", "D3", "D5", "G1"),
+    "differences": ("D5", "G2"),
+    "peft": ("D1", "D2", "D3", "D5", "D8"),
+}
+
+
+def algebra_cases() -> list[Case]:
+    """One layer in float64, with and without a bias and B = 0."""
+    return list(_declare())
+
+
+def _declare() -> Iterator[Case]:
+    features = ({}, {"bias": True}, {"zero_b": True})
+    for subject, shape, feature in product(_SUBJECTS, (UNEVEN, THIN), features):
+        yield Case(
+            link="algebra",
+            model="stack",
+            proof="bound",
+            subject=subject,
+            layers=shape.layers[1:],
+            shape_name=f"{shape.name}-last",
+            rank=shape.rank,
+            alpha=2.0 * shape.rank,
+            base="float64",
+            compute="float64",
+            clauses=_SUBJECTS[subject],
+            **feature,
+        )

@@ -1,0 +1,40 @@
+"""SmolLM2-135M (or any Llama-family checkpoint): adapters on every linear layer, real text, world 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+from parity.case import UNSHARDED, Case
+from parity.cases.stacks import LAYER, SHARDED
+
+_STRATEGIES = ("fsdp1", "fsdp1-orig", "fsdp2")
+_WORLD = 2
+QUICK_BLOCKS = 2
+ALL_BLOCKS = 30
+
+
+def pretrained_cases(tier: str) -> list[Case]:
+    """Two blocks in the quick tier; all thirty besides in the full one."""
+    cases = list(_declare(QUICK_BLOCKS))
+    return cases if tier == "quick" else [*cases, *_declare(ALL_BLOCKS)]
+
+
+def _case(**fields: Any) -> Case:
+    clauses = (*LAYER, *(("Q4", "Q6", "D6", "S6") if fields["base"] == "nf4" else ()))
+    clauses += SHARDED if fields.get("strategy", UNSHARDED) != UNSHARDED else ()
+    return Case(model="pretrained", rank=8, alpha=16.0, tokens=128, clauses=clauses, **fields)
+
+
+def _declare(blocks: int) -> Iterator[Case]:
+    """Link 2 with a one-hot rank (bitwise), and link 3 within `sensitivity` where the network is float32."""
+    for strategy, (base, compute) in product(_STRATEGIES, _PRECISIONS):
+        fields = {"strategy": strategy, "world": _WORLD, "base": base, "compute": compute, "blocks": blocks}
+        yield _case(link="shards", proof="one-hot", steps=2, **fields)
+    for strategy, base in product(_STRATEGIES, ("float32", "nf4")):
+        fields = {"strategy": strategy, "world": _WORLD, "base": base, "blocks": blocks}
+        yield _case(link="frameworks", proof="sensitivity", **fields)
+
+
+_PRECISIONS = (("float32", "float32"), ("bfloat16", "bfloat16"), ("nf4", "float32"), ("nf4", "bfloat16"))

@@ -1,0 +1,108 @@
+"""Stacks of layers: lattice and one-hot (bitwise), and bounded, over strategies, worlds, storage and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+from parity.case import UNSHARDED, Case
+from parity.cases.shapes import PADDED, SHAPES, SINGLE_ROW, THIN, UNEVEN, Shape
+
+LAYER = ("D1", "D2", "D3", "D5", "D11", "G1")
+SHARDED = ("S1", "S3", "S4", "S7", "S8", "S11")
+_STRATEGIES = ("fsdp1", "fsdp1-orig", "fsdp2")
+_PRECISIONS = (
+    ("float32", "float32"),
+    ("bfloat16", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("nf4", "float32"),
+    ("nf4", "bfloat16"),
+)
+
+
+def stack_cases(tier: str) -> list[Case]:
+    """All stacks of a tier: the full one has every shape in every bounded case and more worlds."""
+    cases = [*_unsharded(), *_lattice(), *_one_hot(), *_bounded(tier), *_jax()]
+    if tier == "full":
+        cases += list(_one_hot_at(world=8))
+    return cases
+
+
+def _case(shape: Shape, **fields: Any) -> Case:
+    """A stack with alpha = 2 r (so that ignoring it shows), and the clauses that its features add."""
+    clauses = list(LAYER)
+    clauses += ["D7"] if fields.get("zero_rows") else []
+    clauses += ["D8"] if fields.get("bias") else []
+    clauses += ["D12"] if fields.get("zero_b") else []
+    clauses += ["Q4", "Q6", "D6"] if fields.get("base") == "nf4" else []
+    clauses += ["T3"] if fields["proof"] != "decode" else []
+    if fields.get("strategy", UNSHARDED) != UNSHARDED:
+        clauses += SHARDED
+        clauses += ["S2"] if fields["strategy"].startswith("fsdp1") else []
+        clauses += ["S6"] if fields.get("base") == "nf4" else []
+    fields = {"rank": shape.rank, "alpha": 2.0 * shape.rank, **fields}
+    return Case(model="stack", layers=shape.layers, shape_name=shape.name, clauses=tuple(clauses), **fields)
+
+
+def _unsharded() -> Iterator[Case]:
+    """Link 3: unsharded torch against the oracle, bitwise on lattices and bounded on Gaussian layers."""
+    for shape, base in product(SHAPES, ("float32", "nf4")):
+        yield _case(shape, link="frameworks", proof="lattice", base=base)
+    yield from (_case(UNEVEN, link="frameworks", proof="lattice", **features) for features in _FEATURES)
+    for shape, (base, compute) in product(SHAPES, _PRECISIONS):
+        yield _case(shape, link="frameworks", proof="bound", base=base, compute=compute, steps=2)
+    for features in _FEATURES:
+        if features.get("activation") != "relu":
+            yield _case(UNEVEN, link="frameworks", proof="bound", steps=2, **features)
+
+
+_FEATURES: tuple[dict[str, Any], ...] = (
+    {"bias": True},
+    {"zero_rows": True},
+    {"zero_b": True},
+    {"bias": True, "activation": "relu"},
+)
+
+
+def _lattice() -> Iterator[Case]:
+    """Link 2, bitwise at every world and under every strategy: the first gradient and the first update."""
+    for shape, strategy, world, base in product(SHAPES, _STRATEGIES, (1, 2, 3, 4), ("float32", "nf4")):
+        yield _case(shape, link="shards", proof="lattice", strategy=strategy, world=world, base=base)
+    for features, strategy, world in product(_FEATURES, _STRATEGIES, (2, 3)):
+        yield _case(UNEVEN, link="shards", proof="lattice", strategy=strategy, world=world, **features)
+
+
+def _one_hot() -> Iterator[Case]:
+    """Link 2, bitwise on any data: each rank in turn has the only loss."""
+    for world in (2, 3, 4):
+        yield from _one_hot_at(world)
+
+
+def _one_hot_at(world: int) -> Iterator[Case]:
+    for strategy in _STRATEGIES:
+        common = {"link": "shards", "proof": "one-hot", "strategy": strategy, "world": world, "steps": max(2, world)}
+        for shape, (base, compute) in product((UNEVEN, PADDED), _PRECISIONS):
+            yield _case(shape, base=base, compute=compute, **common)
+        for shape, base in product((THIN, SINGLE_ROW), ("float32", "nf4")):
+            yield _case(shape, base=base, **common)
+        yield _case(UNEVEN, compute="bfloat16", param_dtype="bfloat16", **common)
+        yield _case(UNEVEN, bias=True, zero_rows=True, **common)
+        yield _case(UNEVEN, base="nf4", bias=True, zero_rows=True, **common)
+
+
+def _bounded(tier: str) -> Iterator[Case]:
+    """Link 2 on Gaussian data with every rank contributing: within the derived bound of the unsharded result."""
+    shapes = SHAPES if tier == "full" else (UNEVEN, THIN)
+    worlds = (2, 3, 4, 8) if tier == "full" else (2, 4)
+    for shape, strategy, world, base in product(shapes, _STRATEGIES, worlds, ("float32", "nf4")):
+        yield _case(shape, link="shards", proof="bound", strategy=strategy, world=world, base=base, steps=2)
+
+
+def _jax() -> Iterator[Case]:
+    """The same sharding written out in JAX, on virtual devices."""
+    for shape, world, base in product((UNEVEN, THIN), (1, 2, 3, 4), ("float32", "nf4")):
+        common = {"link": "shards", "subject": "jax", "strategy": "shard-map", "world": world, "base": base}
+        yield _case(shape, proof="lattice", **common)
+    for shape, world in product((UNEVEN, THIN), (2, 4)):
+        yield _case(shape, proof="bound", link="shards", subject="jax", strategy="shard-map", world=world, steps=2)

@@ -1,0 +1,58 @@
+"""Inputs are named arrays, rebuilt from the case alone: `lattice`, `gaussian`, and a pretrained network's.
+
+Axis legend: W (out, in), A (rank, in), B (out, rank), magnitude (out,), x (tokens, in), G (tokens, out).
+Names: `x`, `G`, and for each layer `layers.0.weight`, `.bias`, `.lora_A`, `.lora_B`, `.magnitude`.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+
+import numpy as np
+
+from parity.case import Case
+from parity.inputs.gaussian import gaussian_stack
+from parity.inputs.lattice import lattice_stack
+
+Arrays = dict[str, np.ndarray]
+
+
+@functools.lru_cache(maxsize=32)
+def stack_inputs(case: Case) -> Arrays:
+    """The named float32 arrays of a stack; each is exactly representable in the dtype that the case stores it in."""
+    generator = np.random.default_rng(input_seed(case))
+    build = lattice_stack if case.proof == "lattice" else gaussian_stack
+    return build(case, generator)
+
+
+def input_seed(case: Case) -> int:
+    """A seed from what the numbers depend on; never from the strategy, the world or the subject."""
+    identity = (case.proof == "lattice", case.layers, case.rank, case.alpha, case.tokens, case.base, case.compute)
+    features = (case.activation, case.bias, case.zero_rows, case.zero_b, case.seed)
+    return zlib.crc32(repr((identity, features)).encode())
+
+
+def batches(case: Case, rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What one rank sees at each step: `(x, G)`, with the loss `sum(G * y)`.
+
+    FSDP takes the mean over ranks, so each rank's cotangent carries the world size (S3); a one-hot case
+    leaves it out and gives every rank but one a zero cotangent.
+    """
+    arrays = stack_inputs(case)
+    dealt = deal_tokens(case.tokens, case.input_world)
+    steps = []
+    for step in range(case.steps):
+        hot = case.hot_rank(step)
+        mine = dealt[hot if case.twin_world and hot is not None else rank]
+        weight = float(case.input_world) if hot is None else float(hot == rank or case.twin_world > 0)
+        steps.append((arrays["x"][mine], arrays["G"][mine] * np.float32(weight)))
+    return steps
+
+
+def deal_tokens(tokens: int, world: int) -> list[slice]:
+    """Give each rank a run of tokens, unequal where there are several ranks: rank k gets a share of k + 2."""
+    shares = np.arange(2, world + 2)
+    ends = np.floor(np.cumsum(shares) / shares.sum() * tokens + 0.5).astype(int)
+    starts = np.concatenate([[0], ends[:-1]])
+    return [slice(int(start), int(end)) for start, end in zip(starts, ends, strict=True)]

@@ -1,0 +1,140 @@
+"""The proof that a lattice case is exact: for each quantity that any route may form, absolute terms over the unit.
+
+Axis legend: T tokens, O out, I in, R rank. A quantity on the lattice `unit * integers` is exact in any order of
+summation when the sum of its absolute terms is at most `2^p` units, p being the significand's bits (24 for
+float32; 8 where a product is rounded to bfloat16).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from parity.case import Case
+from parity.errors import LatticeNotExact
+
+_FLOAT32_BITS = 24
+_BFLOAT16_BITS = 8
+LARGEST_WORLD = 8
+"""Each rank's cotangent carries the world size; one draw serves every world up to this one."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """For each quantity: how many units its absolute terms sum to, and how many are allowed."""
+
+    units: dict[str, float]
+    allowed: dict[str, float]
+
+    def require(self, case: Case) -> None:
+        """Raise where a quantity could round."""
+        for name, units in self.units.items():
+            if units > self.allowed[name]:
+                raise LatticeNotExact(
+                    f"{case.id}: {name} spans {units:.0f} units, {self.allowed[name]:.0f} are exact",
+                    hint="fewer tokens, a smaller layer or a sparser draw",
+                )
+
+
+def certify(case: Case, arrays: dict[str, np.ndarray]) -> Certificate:
+    """Push absolute values through forward, backward and first update, in float64.
+
+    Raises:
+        LatticeNotExact: a quantity could round, or a norm is no power of two.
+    """
+    ledger = _Ledger(case)
+    x = np.abs(arrays["x"].astype(np.float64))
+    x_unit, inputs = 1.0, []
+    for position in range(len(case.layers)):
+        layer = _absolute_layer(case, arrays, position)
+        inputs.append((layer, x, x_unit))
+        x, x_unit = ledger.forward(f"layers.{position}", layer, x, x_unit)
+    G, G_unit = np.abs(arrays["G"].astype(np.float64)) * LARGEST_WORLD, 1.0
+    for position in reversed(range(len(case.layers))):
+        layer, x, x_unit = inputs[position]
+        G, G_unit = ledger.backward(f"layers.{position}", layer, (x, x_unit), (G, G_unit))
+    certificate = Certificate(ledger.units, ledger.allowed)
+    certificate.require(case)
+    return certificate
+
+
+class _Ledger:
+    """Collects the quantities of one case."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.scaling = case.alpha / case.rank
+        self.units: dict[str, float] = {}
+        self.allowed: dict[str, float] = {}
+
+    def note(self, name: str, terms: np.ndarray, unit: float, *, rounded: bool = False) -> None:
+        """Record one quantity; `rounded` where a bfloat16 product stores it."""
+        narrow = rounded and self.case.compute == "bfloat16"
+        self.units[name] = float(np.max(terms, initial=0.0)) / unit
+        self.allowed[name] = 2.0 ** (_BFLOAT16_BITS if narrow else _FLOAT32_BITS)
+
+    def forward(self, name: str, layer: dict, x: np.ndarray, unit: float) -> tuple[np.ndarray, float]:
+        """The norm in its direct and factored forms, then the output. The ratio c is 1/2, 1 or 2."""
+        update = self.scaling * (layer["lora_B"] @ layer["lora_A"])
+        cross = self.scaling * (layer["weight"] @ layer["lora_A"].T * layer["lora_B"]).sum(1)
+        gram = layer["lora_A"] @ layer["lora_A"].T
+        factored = (layer["weight"] ** 2).sum(1) + 2 * cross
+        factored += self.scaling**2 * (layer["lora_B"] @ gram * layer["lora_B"]).sum(1)
+        self.note(f"{name} n^2", ((layer["weight"] + update) ** 2).sum(1), 1.0)
+        self.note(f"{name} n^2 factored", factored, 1.0)
+        hidden = x @ layer["lora_A"].T
+        self.note(f"{name} x A'", hidden, unit, rounded=True)
+        y0 = x @ layer["weight"].T + self.scaling * (hidden @ layer["lora_B"].T)
+        self.note(f"{name} y0", y0, unit, rounded=True)
+        y = y0 * layer["ratio"] + layer["bias"]
+        self.note(f"{name} y", y, unit / 2, rounded=True)
+        return y, unit / 2
+
+    def backward(
+        self, name: str, layer: dict, at: tuple[np.ndarray, float], cotangent: tuple[np.ndarray, float]
+    ) -> tuple[np.ndarray, float]:
+        """The closed form's sums, then the first update."""
+        (x, x_unit), (G, G_unit) = at, cotangent
+        hidden = x @ layer["lora_A"].T
+        y0 = x @ layer["weight"].T + self.scaling * (hidden @ layer["lora_B"].T)
+        H, H_unit = G * layer["ratio"], G_unit / 2
+        narrow = self.scaling * (H @ layer["lora_B"])
+        V = layer["weight"] + self.scaling * (layer["lora_B"] @ layer["lora_A"])
+        self.note(f"{name} H B", narrow, H_unit, rounded=True)
+        self._gradient(f"{name} dm", (G * y0).sum(0), layer["magnitude"], x_unit * G_unit, divided=layer["norm"])
+        self._gradient(f"{name} dB", self.scaling * (H.T @ hidden), layer["lora_B"], H_unit * x_unit, rounded=True)
+        self._gradient(f"{name} dA", narrow.T @ x, layer["lora_A"], H_unit * x_unit, rounded=True)
+        self.note(f"{name} dx", H @ V, H_unit, rounded=True)
+        return H @ V, H_unit
+
+    def _gradient(
+        self,
+        name: str,
+        terms: np.ndarray,
+        parameter: np.ndarray,
+        unit: float,
+        *,
+        divided: np.ndarray | None = None,
+        rounded: bool = False,
+    ) -> None:
+        """A gradient and the parameter after one step; `divided` by powers of two changes only the exponent."""
+        self.note(name, terms, unit, rounded=rounded)
+        divisor = 1.0 if divided is None else np.maximum(divided, 1.0)
+        step = self.case.learning_rate * terms / divisor
+        step_unit = self.case.learning_rate * unit / np.max(divisor)
+        self.note(f"{name} update", parameter + step, min(step_unit, 0.5))
+
+
+def _absolute_layer(case: Case, arrays: dict[str, np.ndarray], position: int) -> dict[str, np.ndarray]:
+    """One layer's absolute values, with its norm n (a power of two, or 0) and its ratio c = m / n."""
+    prefix = f"layers.{position}."
+    layer = {k.removeprefix(prefix): v.astype(np.float64) for k, v in arrays.items() if k.startswith(prefix)}
+    V = layer["weight"] + case.alpha / case.rank * (layer["lora_B"] @ layer["lora_A"])
+    norm = np.sqrt((V**2).sum(1))
+    if np.any(np.frexp(norm[norm > 0])[0] != 0.5):  # noqa: PLR2004 - a power of two has mantissa 1/2
+        raise LatticeNotExact(f"{case.id}: layer {position} has a norm that is no power of two")
+    layer["norm"] = norm
+    layer["ratio"] = np.where(norm > 0, layer["magnitude"] / np.where(norm > 0, norm, 1.0), 0.0)
+    layer.setdefault("bias", np.zeros(len(norm)))
+    return {name: np.abs(value) for name, value in layer.items()}

@@ -1,0 +1,49 @@
+"""Gaussian inputs: ordinary numbers, on which every route rounds differently.
+
+W rows have norm near 1, as in a trained network; A and B make `s B A` comparable with W, so that a wrong
+norm or a missing term is far outside rounding; magnitudes lie some ten per cent off the norm, so that c is not 1.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+from parity.case import Case
+
+
+def gaussian_stack(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """Draw the arrays of a stack, each rounded to the dtype that holds it."""
+    arrays: dict[str, np.ndarray] = {}
+    for position, (fan_in, fan_out) in enumerate(case.layers):
+        layer = _layer(case, generator, fan_in=fan_in, fan_out=fan_out)
+        arrays.update({f"layers.{position}.{name}": value for name, value in layer.items()})
+    arrays["x"] = _held(generator.standard_normal((case.tokens, case.layers[0][0])), case.compute)
+    arrays["G"] = _held(generator.standard_normal((case.tokens, case.layers[-1][1])), case.compute)
+    return arrays
+
+
+def _layer(case: Case, generator: np.random.Generator, *, fan_in: int, fan_out: int) -> dict[str, np.ndarray]:
+    weight = _held(generator.standard_normal((fan_out, fan_in)) / np.sqrt(fan_in), case.base)
+    lora_A = _held(generator.standard_normal((case.rank, fan_in)) / np.sqrt(fan_in), "float32")
+    lora_B = _held(0.5 * generator.standard_normal((fan_out, case.rank)), "float32")
+    if case.zero_b:
+        lora_B = np.zeros_like(lora_B)
+    if case.zero_rows:
+        # W and B zero: V is exactly zero whatever A holds (a weight of -sBA would have to be representable).
+        weight[::5] = 0.0
+        lora_B[::5] = 0.0
+    norm = np.linalg.norm(weight.astype(np.float64) + case.alpha / case.rank * (lora_B.astype(np.float64) @ lora_A), axis=1)
+    layer = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+    layer["magnitude"] = _held((norm + (norm == 0)) * (1.0 + 0.1 * generator.standard_normal(fan_out)), "float32")
+    if case.bias:
+        layer["bias"] = _held(generator.standard_normal(fan_out), case.base)
+    return layer
+
+
+def _held(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Round to the dtype that holds the array, and give it back as float32 (float64 stays)."""
+    if dtype == "float64":
+        return values.astype(np.float64)
+    narrow = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
+    return values.astype(narrow).astype(np.float32)

@@ -1,0 +1,135 @@
+"""Lattice inputs: numbers on which every route, order and framework gives the same bits.
+
+Rows of V have 4^k entries of equal size and the rest zero, so that the norm is exactly a power of two; x, G, A
+and B are small integers, the magnitudes dyadic multiples of the norm. `certify` then shows, quantity by
+quantity, that the sum of absolute terms over the lattice's unit fits the significand: float32 (or, where a
+product is rounded to bfloat16, eight bits) is exact in any order. The case is refused where it does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from parity.case import Case
+from parity.errors import LatticeNotExact
+from parity.inputs.certificate import certify
+
+_ATTEMPTS = 64
+"""Draws before a case is called impossible; one in a few succeeds where any does."""
+
+
+@dataclass(frozen=True)
+class Density:
+    """The share of non-zero entries: bfloat16 has eight bits, so its sums must be short."""
+
+    x: float
+    G: float
+    A: float
+
+
+_DENSE = Density(x=0.5, G=0.2, A=0.4)
+_SPARSE = Density(x=0.15, G=0.08, A=0.1)
+
+
+def lattice_stack(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """Draw a stack and its certificate.
+
+    Raises:
+        LatticeNotExact: no draw was exact in the case's dtypes.
+    """
+    reason: LatticeNotExact | None = None
+    for _ in range(_ATTEMPTS):
+        arrays = _draw(case, generator)
+        try:
+            certify(case, arrays)
+        except LatticeNotExact as error:
+            reason = error
+            continue
+        return arrays
+    raise reason or LatticeNotExact(f"{case.id}: nothing was drawn")
+
+
+def _draw(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    density = _SPARSE if case.compute == "bfloat16" else _DENSE
+    arrays: dict[str, np.ndarray] = {}
+    for position, (fan_in, fan_out) in enumerate(case.layers):
+        draw = _quantised_layer if case.base == "nf4" else _dense_layer
+        layer = draw(case, generator, fan_in=fan_in, fan_out=fan_out)
+        arrays.update({f"layers.{position}.{name}": value for name, value in layer.items()})
+    arrays["x"] = _signs(generator, (case.tokens, case.layers[0][0]), density.x)
+    arrays["G"] = _signs(generator, (case.tokens, case.layers[-1][1]), density.G)
+    return {name: value.astype(np.float32) for name, value in arrays.items()}
+
+
+def _dense_layer(case: Case, generator: np.random.Generator, *, fan_in: int, fan_out: int) -> dict[str, np.ndarray]:
+    """Choose V first; then W = V - s B A is a small integer, and overlaps s B A wherever V does."""
+    density = _SPARSE if case.compute == "bfloat16" else _DENSE
+    count = _square_count(fan_in)
+    V = np.stack([_row(generator, fan_in, count) for _ in range(fan_out)])
+    lora_A = _signs(generator, (case.rank, fan_in), density.A)
+    lora_B = _signs(generator, (fan_out, case.rank), 0.0 if case.zero_b else 0.5)
+    if case.zero_rows:
+        V[::5] = 0.0
+    weight = V - case.alpha / case.rank * (lora_B @ lora_A)
+    return _finish(case, generator, weight=weight, lora_A=lora_A, lora_B=lora_B)
+
+
+def _quantised_layer(case: Case, generator: np.random.Generator, *, fan_in: int, fan_out: int) -> dict[str, np.ndarray]:
+    """W itself must be -1, 0 or 1 with every block's absmax 1, so V is steered through the overlap with A."""
+    count = _square_count(fan_in)
+    lora_A = np.stack([_row(generator, fan_in, max(1, min(2, count // 4))) for _ in range(case.rank)])
+    lora_B = np.zeros((fan_out, case.rank))
+    weight = np.stack([_row(generator, fan_in, count) for _ in range(fan_out)])
+    for row in range(fan_out):
+        tap, sign = int(generator.integers(case.rank)), float(generator.choice([-1.0, 1.0]))
+        update = case.alpha / case.rank * sign * lora_A[tap]
+        overlapping = None if case.zero_b else _overlapping_row(generator, update, count)
+        if overlapping is not None:
+            lora_B[row, tap], weight[row] = sign, overlapping
+    return _finish(case, generator, weight=weight, lora_A=lora_A, lora_B=lora_B)
+
+
+def _overlapping_row(generator: np.random.Generator, update: np.ndarray, count: int) -> np.ndarray | None:
+    """A row w of signs with |w + update|^2 = count that shares one tap with the update; None where none fits."""
+    taps = np.flatnonzero(update)
+    free = np.flatnonzero(update == 0)
+    for direction in generator.permutation([-1.0, 1.0]):
+        weight = np.zeros_like(update)
+        shared = int(generator.choice(taps))
+        weight[shared] = direction * np.sign(update[shared])
+        others = count - int(((weight + update) ** 2).sum())
+        if 0 <= others <= len(free):
+            weight[generator.choice(free, size=others, replace=False)] = generator.choice([-1.0, 1.0], size=others)
+            return weight
+    return None
+
+
+def _finish(case: Case, generator: np.random.Generator, **layer: np.ndarray) -> dict[str, np.ndarray]:
+    """Add the dyadic magnitudes and the bias."""
+    norm = np.linalg.norm(layer["weight"] + case.alpha / case.rank * (layer["lora_B"] @ layer["lora_A"]), axis=1)
+    ratio = generator.choice([0.5, 1.0, 2.0], size=len(norm)) if case.compute != "bfloat16" else np.ones(len(norm))
+    layer["magnitude"] = np.where(norm > 0, norm * ratio, 1.0)
+    if case.bias:
+        layer["bias"] = generator.integers(-2, 3, size=len(norm)).astype(np.float64)
+    return layer
+
+
+def _square_count(fan_in: int) -> int:
+    """The largest 4^k that leaves a third of the row free: the row's norm is then 2^k exactly."""
+    count = 1
+    while 4 * count <= min(2 * fan_in // 3, 16):
+        count *= 4
+    return count
+
+
+def _row(generator: np.random.Generator, size: int, count: int) -> np.ndarray:
+    row = np.zeros(size)
+    row[generator.choice(size, size=count, replace=False)] = generator.choice([-1.0, 1.0], size=count)
+    return row
+
+
+def _signs(generator: np.random.Generator, shape: tuple[int, ...], density: float) -> np.ndarray:
+    signs = generator.choice([-1.0, 1.0], size=shape)
+    return np.where(generator.random(shape) < density, signs, 0.0)
