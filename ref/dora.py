@@ -91,15 +91,18 @@ def factored_weight_norm(
     delta_O = jnp.sum((lora_B @ (lora_A @ lora_A.T)) * lora_B, axis=1)
     squares_O = base_O + 2 * scaling * cross_O + scaling**2 * delta_O
 
-    size_O = weight_norm(W_OI) + scaling * (jnp.abs(lora_B) @ weight_norm(lora_A))
-    guarded_O = guarded_rows(squares_O, size_O, terms=W_OI.shape[1] + 2 * lora_A.shape[0])
+    norm_R = weight_norm(lora_A)
+    size_O = weight_norm(W_OI) + scaling * (jnp.abs(lora_B) @ norm_R)
+    guarded_O = guarded_rows(squares_O, size_O, norm_R=norm_R, terms=W_OI.shape[1] + 2 * lora_A.shape[0])
     factored_O = jnp.sqrt(jnp.where(guarded_O, 1, squares_O))
     direct_O = weight_norm(direction(W_OI, lora_A, lora_B, scaling=scaling))
 
     return _as_stored(jnp.where(guarded_O, direct_O, factored_O))
 
 
-def guarded_rows(squares_O: Float[Array, " O"], size_O: Float[Array, " O"], *, terms: int) -> Bool[Array, " O"]:
+def guarded_rows(
+    squares_O: Float[Array, " O"], size_O: Float[Array, " O"], *, norm_R: Float[Array, " R"], terms: int
+) -> Bool[Array, " O"]:
     """D13, D4: the rows whose factored square is not to be trusted.
 
         n_i^2 <= K u size_i^2,        K = max(2^-GUARD_BITS / u, 4 (terms + 8))
@@ -109,17 +112,18 @@ def guarded_rows(squares_O: Float[Array, " O"], size_O: Float[Array, " O"], *, t
     argument of the maximum keeps an unguarded square positive: its error is then at most a third of it. The first
     limits the loss to `GUARD_BITS`: the relative error of an unguarded n is at most `2^GUARD_BITS (terms + 8) u / 2`.
 
-    A square outside the range where every product is normal and every sum finite is guarded too, and so is a NaN.
+    That count presumes that products neither overflow nor underflow. Rows are guarded, too, where the square is not
+    finite, or where `size_i` or a row norm of A is so small that lost products could weigh more than u^2.
     """
     limits = jnp.finfo(squares_O.dtype)
     unit_roundoff = float(limits.eps) / 2
     share = max(2.0**-GUARD_BITS, 4 * (terms + 8) * unit_roundoff)
-    smallest, largest = math.sqrt(float(limits.tiny) / unit_roundoff**2), math.sqrt(float(limits.max) / 4)
+    smallest = math.sqrt(float(limits.tiny)) / unit_roundoff
 
-    in_range_O = (size_O > smallest) & (size_O < largest)
-    safe_size_O = jnp.where(in_range_O, size_O, 1)
+    in_range_O = (size_O > smallest) & jnp.all((norm_R > smallest) | (norm_R == 0)) & jnp.isfinite(squares_O)
+    relative_O = squares_O / jnp.where(in_range_O, size_O, 1) / jnp.where(in_range_O, size_O, 1)
 
-    return ~(in_range_O & (squares_O > share * safe_size_O * safe_size_O))
+    return ~(in_range_O & (relative_O > share))
 
 
 def initial_magnitude(
@@ -174,7 +178,27 @@ def forward(
     n_O = lax.stop_gradient(n_O) if norm_gradient == "constant" else n_O
     c_O = ratio(adapter.magnitude, n_O)
 
-    y_TO = c_O[None, :] * _product(x_TI, W_OI, adapter, scaling=scaling).astype(c_O.dtype)
+    return forward_with_ratio(x_TI, W_OI, adapter, c_O=c_O, scaling=scaling, bias_O=bias_O)
+
+
+def forward_with_ratio(
+    x_TI: Float[Array, "T I"],
+    W_OI: Float[Array, "O I"],
+    adapter: Adapter,
+    *,
+    c_O: Float[Array, " O"],
+    scaling: float,
+    bias_O: Float[Array, " O"] | None = None,
+) -> Float[Array, "T O"]:
+    """D8: the output for a given ratio, `y = c * (x W' + s (x A') B') + b`; V is not formed, as nobody forms it.
+
+    The products are in the compute dtype, that of `x_TI`; the ratio and the bias are applied in the dtype of `c_O`.
+    """
+    A_RI = adapter.lora_A.astype(x_TI.dtype)
+    B_OR = adapter.lora_B.astype(x_TI.dtype)
+
+    y0_TO = x_TI @ W_OI.T + scaling * ((x_TI @ A_RI.T) @ B_OR.T)
+    y_TO = c_O[None, :] * y0_TO.astype(c_O.dtype)
     y_TO = y_TO if bias_O is None else y_TO + bias_O.astype(c_O.dtype)[None, :]
 
     return y_TO.astype(x_TI.dtype)
@@ -191,16 +215,6 @@ def merge(W_OI: Float[Array, "O I"], adapter: Adapter, *, scaling: float) -> Flo
     c_O = ratio(adapter.magnitude, n_O)
 
     return c_O[:, None] * V_OI
-
-
-def _product(
-    x_TI: Float[Array, "T I"], W_OI: Float[Array, "O I"], adapter: Adapter, *, scaling: float
-) -> Float[Array, "T O"]:
-    """`x V' = x W' + s (x A') B'`, in the compute dtype: V is not formed, as no implementation forms it."""
-    A_RI = adapter.lora_A.astype(x_TI.dtype)
-    B_OR = adapter.lora_B.astype(x_TI.dtype)
-
-    return x_TI @ W_OI.T + scaling * ((x_TI @ A_RI.T) @ B_OR.T)
 
 
 def _at_least(W_OK: Float[Array, "O *K"], dtype: jnp.dtype) -> Float[Array, "O *K"]:

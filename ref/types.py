@@ -53,6 +53,25 @@ class Adapter:
 @register_dataclass
 @no_type_check
 @dataclass(frozen=True)
+class Layer:
+    """D2, D8: one adapted linear layer with everything that its forward reads."""
+
+    weight: Float[Array, "O I"]
+    """The frozen base weight that the forward multiplies by: under QDoRA the dequantised and cast one (D6)."""
+
+    adapter: Adapter
+    """What is trained."""
+
+    bias: Float[Array, " O"] | None
+    """The frozen bias, added after scaling (D8); None where the layer has none."""
+
+    scaling: float = field(metadata={"static": True})
+    """The factor s on the product B A (D1)."""
+
+
+@register_dataclass
+@no_type_check
+@dataclass(frozen=True)
 class NestedState:
     """Q6: how the block scales of a quantised weight are themselves stored, in eight bits each."""
 
