@@ -1,0 +1,20 @@
+"""The derived tolerances: what rounding may do to each element of a DoRA layer's gradients, momenta and parameters."""
+
+from parity.bounds.layers import BFLOAT16_COMPUTE, FLOAT32, FLOAT64, Precision, weight_norm
+from parity.bounds.stack import LayerInputs, propagate
+from parity.bounds.tracked import GATE, Tracked, difference, exact, limit
+
+__all__ = [
+    "BFLOAT16_COMPUTE",
+    "FLOAT32",
+    "FLOAT64",
+    "GATE",
+    "LayerInputs",
+    "Precision",
+    "Tracked",
+    "difference",
+    "exact",
+    "limit",
+    "propagate",
+    "weight_norm",
+]

@@ -1,0 +1,235 @@
+"""How far rounding noise moves a whole network's results: the `sensitivity` tolerance, measured on the oracle itself.
+
+A function is traced to its jaxpr and evaluated again with noise behind each product, forward and backward alike:
+
+    product -> product * (1 + unit * xi),        xi uniform in [-1, 1], independent for every element
+
+that is, every product rounded once to the format whose unit roundoff is `unit`. The root mean square of the responses
+over fixed seeds says what an implementation in that format may differ by, per tensor in the 2-norm. The noise is put
+into the oracle, so nothing here has seen an implementation.
+
+A product that `jax.checkpoint` computes again in the backward pass gets fresh noise there, where an implementation
+repeats the same bits: the response is that of independent roundings.
+
+DESIGN, Tolerances: at most `FACTOR` times the response; skipped where that exceeds a `SHARE` of the tensor's norm.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from parity.errors import ParityError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+FACTOR: Final = 32.0
+"""How many times the root mean square response a tensor may lie off (DESIGN, Tolerances)."""
+SHARE: Final = 0.1
+"""The part of the tensor's 2-norm beyond which that tolerance would say nothing, and the check is skipped."""
+
+PRODUCTS: Final = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
+_CALLS: Final = ("call_jaxpr", "fun_jaxpr", "jaxpr")
+"""Where a primitive that only calls keeps what it calls: jit, checkpoint, custom_jvp_call, custom_vjp_call."""
+
+
+class SensitivityError(ParityError):
+    """A function whose products can't all be given noise."""
+
+
+def noisy(fn: Callable[..., Any], *, unit: float) -> Callable[..., Any]:
+    """The function `(key, *args) -> fn(*args)` with rounding noise after each product; may be jitted.
+
+    Args:
+        fn: any traceable function of arrays, gradients included (`jax.grad(loss)`).
+        unit: the unit roundoff of the noise; 0 gives `fn` itself.
+
+    Raises:
+        SensitivityError: where a product is too coarse to hold the noise, or sits in a primitive that is unknown here.
+    """
+
+    def with_noise(key: Array, *args: Any) -> Any:
+        return _evaluated(fn, key, unit, args, resolution=unit)
+
+    return with_noise
+
+
+def sensitivity(fn: Callable[..., Any], args: Sequence[Any], *, unit: float, seeds: Sequence[int]) -> Any:
+    """The root mean square over the seeds of `||noisy - exact||`, the 2-norm of each leaf of `fn(*args)`.
+
+    Returns:
+        The pytree of `fn(*args)` with a float for each leaf.
+
+    Raises:
+        SensitivityError: as `noisy`, or where there is no seed.
+    """
+    return responses(fn, args, unit=unit, seeds=seeds)[1]
+
+
+def responses(fn: Callable[..., Any], args: Sequence[Any], *, unit: float, seeds: Sequence[int]) -> tuple[Any, Any]:
+    """`(exact, rms)`: the plain result beside its sensitivity, both from one compilation.
+
+    Raises:
+        SensitivityError: as `sensitivity`.
+    """
+    if not seeds:
+        raise SensitivityError("no seed was given", hint="give one or more, fixed, seeds")
+    run = jax.jit(lambda key, level, *arguments: _evaluated(fn, key, level, arguments, resolution=unit))
+    exact = run(jax.random.key(0), 0.0, *args)
+    leaves, structure = jax.tree.flatten(exact)
+    squares = np.zeros(len(leaves))
+    for seed in seeds:
+        moved = jax.tree.leaves(run(jax.random.key(seed), unit, *args))
+        squares += [float(np.sum(np.square(np.asarray(m - e)))) for m, e in zip(moved, leaves, strict=True)]
+    return exact, jax.tree.unflatten(structure, [math.sqrt(s / len(seeds)) for s in squares])
+
+
+def skip_reason(response: float, norm: float) -> str | None:
+    """Why a tensor of this 2-norm can't be judged by this response, or None where it can.
+
+    Args:
+        response: what `sensitivity` gave for the tensor.
+        norm: the 2-norm of the oracle's tensor.
+    """
+    if FACTOR * response <= SHARE * norm:
+        return None
+    return (
+        f"rounding noise moves the oracle by {response:.2e} rms: {FACTOR:g} times that is more than "
+        f"{SHARE:g} of the tensor's 2-norm {norm:.2e}"
+    )
+
+
+def _evaluated(
+    fn: Callable[..., Any], key: Array, unit: float | Array, args: Sequence[Any], *, resolution: float
+) -> Any:
+    closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+    _require_resolution(closed.jaxpr, resolution)
+    outputs = _run(closed, key, unit, jax.tree.leaves(tuple(args)))
+    return jax.tree.unflatten(jax.tree.structure(shape), outputs)
+
+
+def _run(closed: ClosedJaxpr | Jaxpr, key: Array, unit: float | Array, arguments: Sequence[Any]) -> list[Any]:
+    """Evaluate a jaxpr equation by equation; equation k draws from the key folded with k."""
+    jaxpr, constants = (closed.jaxpr, closed.consts) if isinstance(closed, ClosedJaxpr) else (closed, ())
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, constants, strict=True))
+    values.update(zip(jaxpr.invars, arguments, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
+    for position, equation in enumerate(jaxpr.eqns):
+        inputs = [read(atom) for atom in equation.invars]
+        values.update(zip(equation.outvars, _step(equation, key, position, (unit, inputs)), strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _step(equation: Any, key: Array, position: int, unit_and_inputs: tuple[Any, list[Any]]) -> Sequence[Any]:
+    unit, inputs = unit_and_inputs
+    name, params = equation.primitive.name, equation.params
+    if not _count_products(equation):
+        return _bound(equation, inputs)
+    key = jax.random.fold_in(key, position)
+    if name in PRODUCTS:
+        return [_perturbed(output, key, unit) for output in _bound(equation, inputs)]
+    if name in _CONTROL:
+        return _CONTROL[name](params, key, unit, inputs)
+    called = next((params[where] for where in _CALLS if where in params), None)
+    if called is None or name not in _CALLERS:
+        raise SensitivityError(f"a product inside the primitive {name!r}", hint="write the function without it")
+    return _run(called, key, unit, inputs)
+
+
+_CALLERS: Final = frozenset(
+    {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
+    | {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+)
+
+
+def _bound(equation: Any, inputs: list[Any]) -> Sequence[Any]:
+    """The equation as it stands."""
+    functions, params = equation.primitive.get_bind_params(equation.params)
+    outputs = equation.primitive.bind(*functions, *inputs, **params)
+    return outputs if equation.primitive.multiple_results else [outputs]
+
+
+def _perturbed(product: Array, key: Array, unit: float | Array) -> Array:
+    """`product (1 + unit xi)`; integer products round nothing."""
+    if not jnp.issubdtype(product.dtype, jnp.floating):
+        return product
+    noise = jax.random.uniform(key, product.shape, product.dtype, -1, 1)
+    return product * (1 + jnp.asarray(unit, product.dtype) * noise)
+
+
+def _scan(params: dict[str, Any], key: Array, unit: float | Array, inputs: list[Any]) -> Sequence[Any]:
+    """`lax.scan` again, the iteration's number carried along: iteration k draws from the key folded with k."""
+    constants, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
+
+    def body(carry: tuple[Array, list[Any]], slices: list[Any]) -> tuple[Any, Any]:
+        iteration, state = carry
+        arguments = [*inputs[:constants], *state, *slices]
+        outputs = _run(params["jaxpr"], jax.random.fold_in(key, iteration), unit, arguments)
+        return (iteration + 1, outputs[: params["num_carry"]]), outputs[params["num_carry"] :]
+
+    start = (jnp.zeros((), jnp.uint32), inputs[constants:carried])
+    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    (_, state), stacked = lax.scan(body, start, inputs[carried:], **options)
+    return [*state, *stacked]
+
+
+def _while(params: dict[str, Any], key: Array, unit: float | Array, inputs: list[Any]) -> Sequence[Any]:
+    """`lax.while_loop` again: its test sees the noisy state, and gets noise of its own."""
+    tests, bodies = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+
+    def test(carry: tuple[Array, list[Any]]) -> Any:
+        folded = jax.random.fold_in(jax.random.fold_in(key, 1), carry[0])
+        return _run(params["cond_jaxpr"], folded, unit, [*inputs[:tests], *carry[1]])[0]
+
+    def body(carry: tuple[Array, list[Any]]) -> tuple[Array, list[Any]]:
+        folded = jax.random.fold_in(jax.random.fold_in(key, 0), carry[0])
+        return carry[0] + 1, _run(params["body_jaxpr"], folded, unit, [*inputs[tests:bodies], *carry[1]])
+
+    return lax.while_loop(test, body, (jnp.zeros((), jnp.uint32), inputs[bodies:]))[1]
+
+
+def _cond(params: dict[str, Any], key: Array, unit: float | Array, inputs: list[Any]) -> Sequence[Any]:
+    """`lax.switch` again: each branch draws from the same key, since one of them runs."""
+    branches = [lambda *arguments, _branch=b: _run(_branch, key, unit, arguments) for b in params["branches"]]
+    return lax.switch(inputs[0], branches, *inputs[1:])
+
+
+_CONTROL: Final = {"scan": _scan, "while": _while, "cond": _cond}
+
+
+def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
+    """Every equation of a jaxpr and of all it contains, each once, however often it runs."""
+    for equation in jaxpr.eqns:
+        yield equation
+        yield from _inner_equations(equation)
+
+
+def _inner_equations(equation: Any) -> Iterator[Any]:
+    for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)):
+        if isinstance(inner, ClosedJaxpr | Jaxpr):
+            yield from _equations(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
+
+
+def _count_products(equation: Any) -> int:
+    """How many products an equation is or contains."""
+    return sum(e.primitive.name in PRODUCTS for e in (equation, *_inner_equations(equation)))
+
+
+def _require_resolution(jaxpr: Jaxpr, unit: float) -> None:
+    """Noise that a product's own format would round away is no noise."""
+    for equation in _equations(jaxpr):
+        dtype = equation.outvars[0].aval.dtype if equation.primitive.name in PRODUCTS else None
+        if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and 0 < unit < 8 * float(jnp.finfo(dtype).eps):
+            raise SensitivityError(
+                f"a product in {dtype} cannot hold noise of unit roundoff {unit:.1e}", hint="trace in float64"
+            )
