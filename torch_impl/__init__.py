@@ -1,0 +1,28 @@
+"""DoRA and QDoRA that train under FSDP: what a user imports.
+
+model = apply_dora(model, DoraConfig(rank=8, alpha=16, quant="nf4"))
+model = shard_model(model, ShardConfig(strategy="fsdp2"))
+for shard in local_shards(model): shard.name, shard.kind, shard.global_shape, shard.index, shard.tensor
+"""
+
+from torch_impl.config import DoraConfig, QuantConfig, ShardConfig
+from torch_impl.errors import DoraError
+from torch_impl.inject import apply_dora
+from torch_impl.layers import DenseBase, DoraLinear, FrozenBias, PackedBase
+from torch_impl.sharding import shard_model
+from torch_impl.shards import LocalShard, local_shards
+
+__all__ = [
+    "DenseBase",
+    "DoraConfig",
+    "DoraError",
+    "DoraLinear",
+    "FrozenBias",
+    "LocalShard",
+    "PackedBase",
+    "QuantConfig",
+    "ShardConfig",
+    "apply_dora",
+    "local_shards",
+    "shard_model",
+]

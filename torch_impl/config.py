@@ -1,0 +1,128 @@
+"""What a user declares: the adapter (`DoraConfig`), the four-bit storage (`QuantConfig`), the sharding (`ShardConfig`).
+
+Clauses: D1 scaling, D11 dtypes, Q1 and Q3 storage, S6, S7. All three are frozen and refuse bad values when they are made.
+"""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from torch_impl.errors import DtypeError, RankError, ScalingError, ShardingError, StorageError, TargetError
+
+ALL_LINEAR = "all-linear"
+Strategy = Literal["fsdp2", "fsdp1", "fsdp1-orig", "none"]
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those that the four-bit decoder writes, too
+STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Q1 to Q3: how a base weight is stored in four bits, in bitsandbytes' format.
+
+    Raises:
+        StorageError: a code, blocksize or storage dtype that bitsandbytes doesn't have.
+    """
+
+    quant_type: Literal["nf4"] = "nf4"
+    """The codebook (Q2)."""
+    blocksize: int = 64
+    """Elements that share one absmax (Q1)."""
+    nested: bool = True
+    """Whether the absmax are themselves stored in eight bits (Q6), as QLoRA has it."""
+    quant_storage: torch.dtype = torch.bfloat16
+    """The dtype the packed bytes are viewed as (Q3): a floating one, so that a flat parameter may hold them (S7)."""
+
+    def __post_init__(self) -> None:
+        if self.quant_type != "nf4":
+            raise StorageError(f"quant_type {self.quant_type!r} is not supported", hint='use quant_type="nf4"')
+        if self.blocksize not in BLOCKSIZES:
+            raise StorageError(
+                f"blocksize {self.blocksize} is not one of bitsandbytes'", hint=f"use one of {BLOCKSIZES}"
+            )
+        if self.quant_storage not in STORAGE_DTYPES:
+            raise StorageError(
+                f"quant_storage {self.quant_storage} can't hold packed bytes", hint=f"use one of {STORAGE_DTYPES}"
+            )
+
+
+@dataclass(frozen=True)
+class DoraConfig:
+    """What `apply_dora` puts on a model.
+
+    Raises:
+        RankError: `rank` is no integer, or below 1.
+        ScalingError: `alpha` is 0, NaN or infinite.
+        TargetError: `target_modules` is empty.
+        DtypeError: `compute_dtype` is none that a layer can multiply in.
+        StorageError: `quant` is no name that is known.
+    """
+
+    rank: int
+    """r, the inner size of B A."""
+    alpha: float
+    """The numerator of the scaling (D1)."""
+    target_modules: str | Collection[str] = ALL_LINEAR
+    """`"all-linear"`, a regular expression for whole names, or names and their endings (as PEFT reads them)."""
+    quant: Literal["nf4"] | QuantConfig | None = None
+    """How the base weights are stored: as they are, `"nf4"` (nested), or as a `QuantConfig` says."""
+    rank_stabilized: bool = False
+    """Whether s divides by sqrt(r) instead of r (D1)."""
+    compute_dtype: torch.dtype | None = None
+    """What the layer multiplies in; None is the dtype of the base layer's weight before it was packed."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise RankError(f"rank {self.rank!r} is not a positive integer", hint="use rank=8, say")
+        if not math.isfinite(self.alpha) or self.alpha == 0:
+            raise ScalingError(
+                f"alpha {self.alpha!r} gives no usable scaling", hint="use a finite alpha other than 0, say 2 * rank"
+            )
+        if not self.target_modules:
+            raise TargetError("target_modules is empty", hint='name modules, or use "all-linear"')
+        if self.compute_dtype is not None and self.compute_dtype not in COMPUTE_DTYPES:
+            raise DtypeError(
+                f"compute_dtype {self.compute_dtype} is not supported", hint=f"use None or one of {COMPUTE_DTYPES}"
+            )
+        if isinstance(self.quant, str) and self.quant != "nf4":
+            raise StorageError(f"quant {self.quant!r} is unknown", hint='use None, "nf4" or a QuantConfig')
+
+    @property
+    def scaling(self) -> float:
+        """D1: s = alpha / r, or alpha / sqrt(r) when rank-stabilised."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    @property
+    def quant_config(self) -> QuantConfig | None:
+        """The storage in full: `"nf4"` is `QuantConfig()`."""
+        return QuantConfig() if self.quant == "nf4" else self.quant
+
+
+@dataclass(frozen=True)
+class ShardConfig:
+    """How `shard_model` cuts a model; the units are S7's (see `torch_impl.sharding`).
+
+    Raises:
+        ShardingError: an unknown strategy.
+        DtypeError: a `param_dtype` or `reduce_dtype` that is no floating dtype.
+    """
+
+    strategy: Strategy = "fsdp2"
+    """`fsdp1` is torch's FSDP, `fsdp1-orig` the same with `use_orig_params=True`, `fsdp2` is `fully_shard`."""
+    param_dtype: torch.dtype | None = None
+    """What frozen dense weights, norms and embeddings are gathered as; never adapters (D11), never packed bytes (S6)."""
+    reduce_dtype: torch.dtype | None = None
+    """What gradients of anything but adapters are reduced in; adapters reduce in float32 (D11)."""
+
+    def __post_init__(self) -> None:
+        if self.strategy not in get_args(Strategy):
+            raise ShardingError(
+                f"strategy {self.strategy!r} is unknown", hint=f"use one of {', '.join(get_args(Strategy))}"
+            )
+        for name in ("param_dtype", "reduce_dtype"):
+            dtype = getattr(self, name)
+            if dtype is not None and not dtype.is_floating_point:
+                raise DtypeError(f"{name} {dtype} is no floating dtype", hint="use torch.bfloat16 or None")

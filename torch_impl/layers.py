@@ -1,0 +1,242 @@
+"""The DoRA layer: a linear over a frozen base, dense or packed, with its closed-form gradients.
+
+Axes: T tokens, O output features, I input features, R adapter rank.
+Clauses: D2, D3, D5 to D8, D11, D12, G, S7, S8.
+
+With ``c = m / n`` and ``y0 = x W' + s (x A') B'`` the layer is ``y = c * y0 + b``. Under FSDP a rank holds ``ceil(R / world)`` rows of A
+and ``ceil(O / world)`` of B, m and W (fsdp2), or one contiguous range of the flattened three (fsdp1):
+
+    forward   all-gather A, B, m (float32)  ->  all-gather W (or its bytes)  ->  y = c * (x W' + s h B') + b,  h = x A'
+    dgrad     all-gather both again         ->  H = G * c,  dx = H W + s (H B) A
+    wgrad     no further gather             ->  dm = sum_t(G * y0) / n,  dB = s H' h,  dA = s (H B)' x
+              reduce-scatter (mean) of dA, dB, dm in float32
+
+S8: all of it runs inside the forward of the base, the one place where the base's weight is whole; the adapter's tensors are handed to it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from torch_impl import quant
+from torch_impl.errors import MagnitudeRangeError, ShardingError, StorageError
+from torch_impl.norm import ratio, weight_norm
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What one product needs besides its tensors."""
+
+    scaling: float
+    """s of D1."""
+    compute_dtype: torch.dtype
+    """What x, W, A and B are multiplied in (D11: n, m and c stay float32)."""
+    decode: Callable[..., Tensor]
+    """(stored weight, dtype=) -> W (O, I)."""
+
+
+class DoraProduct(torch.autograd.Function):
+    """y = c * (x W' + s (x A') B') + b with n held constant (D5); the backward pass is the closed form (G).
+
+    It keeps x and y0 (in the compute dtype), h = x A', c, n, and references to A, B and the stored weight; it decodes that weight once
+    in each direction, and the only temporary of W's size is the decoded weight itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, arithmetic: Arithmetic, stored: Tensor, *tensors: Tensor | None) -> Tensor:
+        """Tensors are x (..., I), A (R, I), B (O, R), m (O), b (O) or None; y is (..., O) in x's dtype."""
+        x, A_RI, B_OR, m_O, bias_O = tensors
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = arithmetic.compute_dtype
+            x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
+            W_OI = arithmetic.decode(stored, dtype=dtype)
+            n_O = weight_norm(W_OI, A_RI, B_OR, scaling=arithmetic.scaling)
+            c_O = ratio(m_O, n_O)
+            h_TR = x_TI @ A_RI.to(dtype).T
+            y0_TO = (x_TI @ W_OI.T).addmm_(h_TR, B_OR.to(dtype).T, alpha=arithmetic.scaling)
+            y_TO = y0_TO.float() * c_O
+            if bias_O is not None:
+                y_TO += bias_O
+        ctx.save_for_backward(x_TI, h_TR, y0_TO, c_O, n_O, A_RI, B_OR, stored)
+        ctx.arithmetic, ctx.x_shape, ctx.x_dtype = arithmetic, x.shape, x.dtype
+        return y_TO.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
+        """G: dx in x's dtype; dA, dB, dm in float32."""
+        x_TI, h_TR, y0_TO, c_O, n_O, A_RI, B_OR, stored = ctx.saved_tensors
+        dtype, scaling = ctx.arithmetic.compute_dtype, ctx.arithmetic.scaling
+        with torch.autocast(G.device.type, enabled=False):
+            G_TO = G.reshape(-1, G.shape[-1]).float()
+            H_TO = (G_TO * c_O).to(dtype)
+            HB_TR = H_TO @ B_OR.to(dtype)
+            dm_O = ratio((G_TO * y0_TO.float()).sum(dim=0), n_O)
+            dB_OR = scaling * (H_TO.T @ h_TR).float()
+            dA_RI = scaling * (HB_TR.T @ x_TI).float()
+            dx = None
+            if ctx.needs_input_grad[2]:
+                dx_TI = H_TO @ ctx.arithmetic.decode(stored, dtype=dtype)
+                dx_TI.addmm_(HB_TR, A_RI.to(dtype), alpha=scaling)
+                dx = dx_TI.to(ctx.x_dtype).reshape(ctx.x_shape)
+        return None, None, dx, dA_RI, dB_OR, dm_O, None
+
+
+class DenseBase(nn.Module):
+    """A frozen weight (O, I) in its own FSDP unit; its forward runs what it is given, while the weight is whole."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weight's dtype."""
+        return self.weight.dtype
+
+    @property
+    def storage(self) -> torch.dtype | None:
+        """None: there are no opaque bytes here."""
+        return None
+
+    def decode(self, stored: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """The weight in `dtype`: itself, where it has that already."""
+        return stored.to(dtype)
+
+    def forward(self, work: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+        """S8: `work(base, *tensors)`, inside the forward of the module that owns the weight."""
+        return work(self, *tensors)
+
+
+class PackedBase(nn.Module):
+    """A frozen weight in four bits: opaque bytes (n, 1) in their own FSDP unit, the quant state whole on every rank (S6)."""
+
+    def __init__(self, stored: Tensor, state: dict[str, Tensor], packed_format: quant.PackedFormat) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(stored, requires_grad=False)
+        self.format = packed_format
+        self.state_names = tuple(state)
+        for name, tensor in state.items():
+            self.register_buffer(name, tensor)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weight's dtype before it was packed."""
+        return self.format.dtype
+
+    @property
+    def storage(self) -> torch.dtype | None:
+        """What the bytes are viewed as (Q3)."""
+        return self.format.storage
+
+    def decode(self, stored: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """Q4: the dequantised weight (O, I) in `dtype`."""
+        state = {name: getattr(self, name) for name in self.state_names}
+        return quant.decode(stored, state, self.format, dtype=dtype)
+
+    def forward(self, work: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+        """S8: `work(base, *tensors)`, inside the forward of the module that owns the bytes."""
+        return work(self, *tensors)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedBase":
+        """S6: `model.to(dtype)` moves the bytes and the quant state, and casts neither."""
+        del recurse  # there are no children
+        for name, tensor in [("weight", self.weight), *((n, getattr(self, n)) for n in self.state_names)]:
+            if type(tensor.data) is not Tensor and name == "weight":
+                raise StorageError("a sharded packed weight can't be moved", hint="move the model before shard_model")
+            moved = fn(tensor.data.reshape(-1).view(torch.uint8)).view(tensor.dtype).reshape(tensor.shape)
+            if name == "weight":
+                self.weight = nn.Parameter(moved, requires_grad=False)
+            else:
+                setattr(self, name, moved)
+        return self
+
+
+class FrozenBias(nn.Module):
+    """A frozen bias (O) in its own FSDP unit, so that no flat parameter mixes dtypes (S7)."""
+
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        self.value = nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self) -> Tensor:
+        """The bias in float32, in memory of its own: it outlives the unit's gathered storage."""
+        return self.value.to(torch.float32, copy=True)
+
+
+class DoraLinear(nn.Module):
+    """A linear layer y = c * (x W' + s (x A') B') + b whose A, B and m train in float32 (D11).
+
+    Args:
+        base: the frozen weight, `DenseBase` or `PackedBase`.
+        bias: the frozen bias (O), or None (D8: added after scaling, never scaled).
+        rank: R.
+        scaling: s of D1.
+        compute_dtype: what the layer multiplies in; None is the base's dtype.
+    """
+
+    def __init__(
+        self,
+        base: DenseBase | PackedBase,
+        bias: Tensor | None,
+        *,
+        rank: int,
+        scaling: float,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = base.format.shape if isinstance(base, PackedBase) else base.weight.shape
+        self.scaling = scaling
+        self.compute_dtype = compute_dtype or base.dtype
+        self.base = base
+        self.bias = None if bias is None else FrozenBias(bias)
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=device))
+        self.magnitude = nn.Parameter(torch.empty(self.out_features, dtype=torch.float32, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+        self.reset_magnitude()
+
+    def forward(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
+        """The layer on x (..., in_features), any floating dtype; y has x's dtype."""
+        bias_O = None if self.bias is None else self.bias()
+        return self.base(self._product, x, self.lora_A, self.lora_B, self.magnitude, bias_O)
+
+    def _product(self, base: DenseBase | PackedBase, *tensors: Tensor | None) -> Tensor:
+        """Run by the base, in its forward."""
+        arithmetic = Arithmetic(self.scaling, self.compute_dtype, base.decode)
+        return DoraProduct.apply(arithmetic, base.weight, *tensors)
+
+    def _norm(self, base: DenseBase | PackedBase, A_RI: Tensor, B_OR: Tensor) -> Tensor:
+        """Run by the base, in its forward: n of the present A, B."""
+        W_OI = base.decode(base.weight, dtype=self.compute_dtype)
+        return weight_norm(W_OI, A_RI, B_OR, scaling=self.scaling)
+
+    @torch.no_grad()
+    def reset_magnitude(self) -> None:
+        """D6: m = n of the weight the forward multiplies by and the present A, B; 0 on rows where n is 0 (D7).
+
+        Raises:
+            MagnitudeRangeError: a row's norm is beyond float32.
+            ShardingError: the layer is sharded already.
+        """
+        if self.magnitude.shape != (self.out_features,) or type(self.magnitude.data) is not Tensor:
+            raise ShardingError("reset_magnitude needs the whole layer", hint="call it before shard_model")
+        n_O = self.base(self._norm, self.lora_A, self.lora_B)
+        finite_O = torch.isfinite(n_O)
+        if not bool(finite_O.all()):
+            row = int((~finite_O).nonzero()[0])
+            raise MagnitudeRangeError(f"the norm of row {row} is beyond float32", hint="rescale the weight")
+        self.magnitude.copy_(n_O)
+
+    def extra_repr(self) -> str:
+        """What the constructor was told."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.lora_A.shape[0]}, "
+            f"scaling={self.scaling}, compute_dtype={self.compute_dtype}"
+        )

@@ -1,0 +1,105 @@
+"""The row norms of V = W + s B A, without forming V: the factored form, its guard, and the float64 rows.
+
+Axes: O output features, I input features, R adapter rank.
+Clauses: D3 (one norm for each row), D4 (no spurious underflow or overflow), D7 (ratio), D13 (factored form and guard).
+
+The factored form, in float32::
+
+    n_i^2 = |W_i|^2 + s <2 (W A')_i + s (B A A')_i, B_i>
+
+By Cauchy and Schwarz its absolute terms sum to at most ``S_i = (|W_i| + t_i)^2`` with ``t_i = |s| sum_k |B_ik| |A_k|``: whatever
+the float32 kernels do, n_i^2 is off by at most g S_i, where g is the relative error of a float32 sum of squares of that length.
+A row keeps the fast result only where all three hold; every other row is formed in float64 (`_direct_rows`):
+
+- `CONDITION`: ``S_i <= 4 n_i^2``. The root halves a relative error, so n_i is off by at most 2 g: one bit more than the plain norm
+  of a row. It holds wherever t_i is at most a third of |W_i|, since then n_i >= |W_i| - t_i >= (|W_i| + t_i) / 2.
+- `CEILING`: ``S_i < 2^120``; no partial sum exceeds S_i by more than its rounding, so nothing overflowed (float32 ends at 2^128).
+- floor: products below 2^-126 may be flushed, one in each multiplication. That loses at most
+  ``2^-126 (I + 2 R) (1 + |s| + b_i)^2`` with ``b_i = |s| sum_k |B_ik|``; n_i^2 must be 2^24 times as much, so the loss is under half an ulp.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+CONDITION = 4.0
+CEILING = 2.0**120
+FLUSHED = 2.0**-126 * 2.0**24
+_CPU_BLOCK = 2**17  # elements of W cast or squared at a time: temporaries that stay in a core's cache
+_DEVICE_BLOCK = 2**25
+
+
+def _row_blocks(W_OI: Tensor) -> Iterator[slice]:
+    """Consecutive row ranges of a bounded number of elements, so that no temporary is as large as W."""
+    budget = _CPU_BLOCK if W_OI.device.type == "cpu" else _DEVICE_BLOCK
+    step = max(1, budget // max(1, W_OI.shape[1]))
+    for start in range(0, W_OI.shape[0], step):
+        yield slice(start, min(start + step, W_OI.shape[0]))
+
+
+def _weight_terms(W_OI: Tensor, A_RI: Tensor) -> tuple[Tensor, Tensor]:
+    """D13's two terms that read W, in float32: |W_i|^2 (O) and A W' (R, O)."""
+    squares_O = W_OI.new_empty(W_OI.shape[0], dtype=torch.float32)
+    cross_RO = W_OI.new_empty(A_RI.shape[0], W_OI.shape[0], dtype=torch.float32)
+    for rows in _row_blocks(W_OI):
+        block = W_OI[rows].float()
+        squares_O[rows] = block.square().sum(dim=1)
+        cross_RO[:, rows] = A_RI @ block.T
+    return squares_O, cross_RO
+
+
+def _factored(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, *, scaling: float) -> tuple[Tensor, Tensor]:
+    """D13: n^2 (O) in float32, and where it may be trusted (O, bool)."""
+    squares_O, cross_RO = _weight_terms(W_OI, A_RI)
+    inner_OR = 2 * cross_RO.T + scaling * (B_OR @ (A_RI @ A_RI.T))
+    squared_O = squares_O + scaling * (inner_OR * B_OR).sum(dim=1)
+    terms_O = (squares_O.sqrt() + abs(scaling) * (B_OR.abs() @ torch.linalg.vector_norm(A_RI, dim=1))).square()
+    reach_O = 1 + abs(scaling) + abs(scaling) * B_OR.abs().sum(dim=1)
+    floor_O = FLUSHED * (A_RI.shape[1] + 2 * A_RI.shape[0]) * reach_O.square()
+    # a comparison with NaN is false, so that poisoned intermediate terms go to the float64 rows as well
+    trusted_O = (CONDITION * squared_O >= terms_O) & (terms_O < CEILING) & (squared_O >= floor_O)
+    return squared_O, trusted_O
+
+
+def _direct_rows(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, *, scaling: float) -> Tensor:
+    """D3 in float64, rows of V formed a block at a time; 0 only where every V_ij is 0 (D4).
+
+    float32 factors make products from 2^-298 to 2^256 before s: their squares stay inside float64 for any s in [2^-200, 2^200].
+    """
+    tiniest = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps
+    A64_RI = A_RI.double()
+    norms_O = W_OI.new_empty(W_OI.shape[0], dtype=torch.float32)
+    for rows in _row_blocks(W_OI):
+        V = W_OI[rows].double() + scaling * (B_OR[rows].double() @ A64_RI)
+        exact = torch.linalg.vector_norm(V, dim=1)
+        norms_O[rows] = torch.where(exact > 0, exact.clamp(min=tiniest), exact).float()
+    return norms_O
+
+
+def weight_norm(
+    W_OI: Float[Tensor, "O I"], A_RI: Float[Tensor, "R I"], B_OR: Float[Tensor, "O R"], *, scaling: float
+) -> Float[Tensor, " O"]:
+    """D3 by D13: the 2-norm of every row of W + s B A, in float32, with no temporary of W's size.
+
+    Args:
+        W_OI: the weight the forward multiplies by, any floating dtype.
+        A_RI: `lora_A`, float32.
+        B_OR: `lora_B`, float32.
+        scaling: s of D1.
+
+    Returns:
+        n, float32 (O): within a few ulps of the float64 norm for every finite row that float32 can hold, and 0 exactly where the row is 0.
+    """
+    squared_O, trusted_O = _factored(W_OI, A_RI, B_OR, scaling=scaling)
+    norm_O = squared_O.sqrt()
+    rows = (~trusted_O).nonzero().squeeze(1)
+    if rows.numel():
+        norm_O[rows] = _direct_rows(W_OI[rows], A_RI, B_OR[rows], scaling=scaling)
+    return norm_O
+
+
+def ratio(m_O: Float[Tensor, " O"], n_O: Float[Tensor, " O"]) -> Float[Tensor, " O"]:
+    """D7: c = m / n, and 0 where n is 0; float32 in, float32 out."""
+    return torch.where(n_O > 0, m_O / n_O, torch.zeros_like(n_O))

@@ -1,0 +1,141 @@
+"""Four-bit storage of a base weight: quantise with bitsandbytes, hold the bytes as a float parameter, decode.
+
+Axes: O output features, I input features. `packed` is (n, 1) of the storage dtype, `bytes` uint8.
+Clauses: Q1 blocks, Q3 pack and padding, Q4 decode, Q6 nested, Q7 non-finite, S6 opaque bytes.
+
+bitsandbytes quantises to uint8 here, always; we pad the bytes to the storage's item size and *view* them (it would raise where they
+don't divide, Q3). The view is cut back before decoding, so that padding never reaches the decoder.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from bitsandbytes import functional as bnb
+from torch import Tensor
+
+from torch_impl.config import QuantConfig
+from torch_impl.errors import NonFiniteError, StorageError
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """What the bytes mean: all of the quant state that is no tensor, plus the storage."""
+
+    shape: tuple[int, int]
+    """(O, I) of the weight."""
+    dtype: torch.dtype
+    """The weight's dtype before it was packed."""
+    blocksize: int
+    """Elements that share one absmax (Q1)."""
+    quant_type: str
+    """bitsandbytes' name of the codebook (Q2)."""
+    storage: torch.dtype
+    """What the bytes are viewed as (Q3)."""
+    nested_blocksize: int | None
+    """Absmax that share one second absmax (Q6); None where absmax are plain float32."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that carry nibbles: two elements each, an odd last one padded (Q1)."""
+        return -(-self.shape[0] * self.shape[1] // 2)
+
+
+def refuse_non_finite(tensor: Tensor, name: str) -> None:
+    """Q7: a weight with NaN or infinity is refused, with its name and the first bad index.
+
+    Raises:
+        NonFiniteError: some element isn't finite.
+    """
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        index = tuple((~finite).nonzero()[0].tolist())
+        raise NonFiniteError(
+            f"{name} holds {tensor[index].item()} at index {index}",
+            hint="mend the checkpoint: DoRA divides by row norms",
+        )
+
+
+def view_bytes(bytes_N: Tensor, storage: torch.dtype) -> Tensor:
+    """Q3: packed bytes as (n, 1) of the storage dtype, zero-padded to its item size; no bit changes."""
+    padding = -bytes_N.numel() % storage.itemsize
+    padded = torch.cat([bytes_N.flatten(), bytes_N.new_zeros(padding)])
+    return padded.view(storage).reshape(-1, 1)
+
+
+def quantize(W_OI: Tensor, config: QuantConfig, *, name: str) -> tuple[Tensor, dict[str, Tensor], PackedFormat]:
+    """Pack a finite weight: the stored tensor, the quant state's tensors by name, the format.
+
+    Raises:
+        NonFiniteError: the weight, or an absmax made from it, isn't finite.
+    """
+    refuse_non_finite(W_OI, name)
+    packed, state = bnb.quantize_4bit(
+        W_OI.detach().contiguous(),
+        blocksize=config.blocksize,
+        compress_statistics=config.nested,
+        quant_type=config.quant_type,
+        quant_storage=torch.uint8,
+    )
+    return from_quant_state(packed, state, storage=config.quant_storage)
+
+
+def from_quant_state(
+    packed: Tensor, state: bnb.QuantState, *, storage: torch.dtype
+) -> tuple[Tensor, dict[str, Tensor], PackedFormat]:
+    """Take over what bitsandbytes holds: its bytes (in any storage) and its quant state."""
+    nested = state.state2
+    packed_format = PackedFormat(
+        shape=tuple(state.shape),
+        dtype=state.dtype,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        storage=storage,
+        nested_blocksize=nested.blocksize if nested else None,
+    )
+    tensors = {"absmax": state.absmax, "code": state.code}
+    if nested:
+        tensors |= {"nested_absmax": nested.absmax, "nested_code": nested.code, "nested_offset": state.offset}
+    bytes_N = packed.detach().contiguous().view(torch.uint8).flatten()
+    if bytes_N.numel() < packed_format.nbytes:
+        raise StorageError(
+            f"{bytes_N.numel()} packed bytes for {packed_format.shape}", hint=f"{packed_format.nbytes} are needed"
+        )
+    return view_bytes(bytes_N[: packed_format.nbytes], storage), tensors, packed_format
+
+
+def decode(stored: Tensor, tensors: dict[str, Tensor], packed_format: PackedFormat, *, dtype: torch.dtype) -> Tensor:
+    """Q4: the weight (O, I), code times absmax in float32 with one cast to `dtype` (float32, bfloat16 or float16).
+
+    Raises:
+        StorageError: the bytes were cast on the way here (S6).
+    """
+    if stored.dtype != packed_format.storage:
+        raise StorageError(
+            f"packed bytes arrive as {stored.dtype}, not {packed_format.storage}", hint="never cast them (S6)"
+        )
+    bytes_N1 = stored.view(torch.uint8).reshape(-1, 1)[: packed_format.nbytes]
+    state = _quant_state(tensors, packed_format, dtype=dtype)
+    # the reshape undoes bitsandbytes' transpose of a tensor whose packed form has a single row
+    return bnb.dequantize_4bit(bytes_N1, quant_state=state).reshape(packed_format.shape)
+
+
+def _quant_state(tensors: dict[str, Tensor], packed_format: PackedFormat, *, dtype: torch.dtype) -> bnb.QuantState:
+    """bitsandbytes' own state object, made of our buffers."""
+    nested = None
+    if packed_format.nested_blocksize is not None:
+        nested = bnb.QuantState(
+            absmax=tensors["nested_absmax"],
+            code=tensors["nested_code"],
+            blocksize=packed_format.nested_blocksize,
+            dtype=torch.float32,
+        )
+    return bnb.QuantState(
+        absmax=tensors["absmax"],
+        shape=torch.Size(packed_format.shape),
+        code=tensors["code"],
+        blocksize=packed_format.blocksize,
+        quant_type=packed_format.quant_type,
+        dtype=dtype,
+        offset=tensors.get("nested_offset"),
+        state2=nested,
+    )

@@ -1,0 +1,201 @@
+"""`shard_model`: cut a model with DoRA layers into FSDP units, the same units under every strategy.
+
+Words. A *unit* is a set of parameters that is gathered and freed together, around one module's forward and backward. A *flat
+parameter* (FSDP1) is a unit's members flattened and concatenated; a rank's *shard* is its part. *Resharding* frees what was gathered.
+The *wire* is what collectives carry: its dtype may differ from that of the shards (`param_dtype`), never for adapters or bytes.
+
+The rule of the units (S7), named "base, bias, adapter, block, root". S2's layouts depend on it:
+
+    DoraLinear.base      the frozen weight, or its packed bytes            wire: param_dtype if dense, opaque if packed (S6)
+    DoraLinear.bias      the frozen bias, if any                           wire: its own dtype
+    DoraLinear           lora_A, lora_B, magnitude, in this order          wire: float32, parameters and gradients (D11)
+    a block              what is left of each member of a ModuleList that holds DoRA layers: its norms     wire: param_dtype
+    the model            what is left: embeddings, last norm, output head  wire: param_dtype
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+
+from torch_impl.config import ShardConfig
+from torch_impl.errors import ShardingError, StorageError
+from torch_impl.layers import DoraLinear
+
+Wrap = Callable[..., nn.Module]
+
+
+def shard_model(model: nn.Module, config: ShardConfig) -> nn.Module:
+    """Shard over the default process group, on the device the parameters are on.
+
+    Args:
+        model: what `apply_dora` returned; its modules are wrapped or changed in place.
+        config: strategy and wire dtypes.
+
+    Returns:
+        The model to run from now on (under fsdp1 a wrapper; build the optimizer from *its* parameters).
+
+    Raises:
+        ShardingError: no process group, no DoRA layer, sharded already, or a unit that the strategy can't hold (S7).
+        StorageError: `param_dtype` against `quant_storage`, or integer storage in a flat parameter (S6, S7).
+    """
+    if config.strategy == "none":
+        return model
+    _refuse(model, config)
+    wrap = _fully_shard(model, config) if config.strategy == "fsdp2" else _flat_wrap(model, config)
+    # Inner units first: a unit takes whatever parameters no earlier unit has taken.
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, DoraLinear)]
+    # 1. Bases and biases, so that frozen members (and other dtypes) never share a unit with the adapter.
+    for name, layer in layers:
+        cast = config.param_dtype if layer.base.storage is None else None
+        _replace(model, f"{name}.base", wrap, param_dtype=cast, cast_inputs=False)
+        if layer.bias is not None:
+            _replace(model, f"{name}.bias", wrap, param_dtype=None, cast_inputs=False)
+    # 2. Adapters, with no policy at all: float32 on the wire both ways.
+    for name, _ in layers:
+        _replace(model, name, wrap, param_dtype=None, cast_inputs=False)
+    # 3. Blocks, so that no more than one block's norms are gathered at a time; 4. the rest, in the root.
+    for name in _block_names(model):
+        _replace(model, name, wrap, param_dtype=config.param_dtype, cast_inputs=True)
+    # A root with no parameters of its own computes nothing, so it has nothing to cast its inputs for.
+    owns = any(True for _ in _left(model))
+    return wrap(model, param_dtype=config.param_dtype if owns else None, cast_inputs=owns)
+
+
+def _replace(model: nn.Module, name: str, wrap: Wrap, **policy: object) -> None:
+    """Wrap one submodule where it stands."""
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    owner.register_module(leaf, wrap(owner.get_submodule(leaf), **policy))
+
+
+def _fully_shard(model: nn.Module, config: ShardConfig) -> Wrap:
+    """FSDP2: each parameter is cut along dim 0 (S1)."""
+    mesh: DeviceMesh = init_device_mesh(_device(model).type, (distributed.get_world_size(),))
+
+    def wrap(module: nn.Module, *, param_dtype: torch.dtype | None, cast_inputs: bool) -> nn.Module:
+        reduce_dtype = config.reduce_dtype if cast_inputs else None
+        policy = MixedPrecisionPolicy(
+            param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=cast_inputs
+        )
+        return fully_shard(module, mesh=mesh, mp_policy=policy)
+
+    return wrap
+
+
+def _flat_wrap(model: nn.Module, config: ShardConfig) -> Wrap:
+    """FSDP1: each unit is one flat parameter, cut into equal ranges (S2)."""
+    device = _device(model)
+    original = config.strategy == "fsdp1-orig"
+
+    def wrap(module: nn.Module, *, param_dtype: torch.dtype | None, cast_inputs: bool) -> nn.Module:
+        _refuse_mixed(module, original=original)
+        reduce_dtype = config.reduce_dtype if cast_inputs else None
+        policy = MixedPrecision(
+            param_dtype=param_dtype,
+            reduce_dtype=reduce_dtype,
+            cast_forward_inputs=cast_inputs,
+            cast_root_forward_inputs=cast_inputs,
+        )
+        unset = param_dtype is None and reduce_dtype is None
+        with warnings.catch_warnings():
+            # at world size 1 torch turns every strategy into NO_SHARD and says so for each unit
+            warnings.filterwarnings("ignore", message="FSDP is switching to use `NO_SHARD`")
+            return FullyShardedDataParallel(
+                module, device_id=device, use_orig_params=original, mixed_precision=None if unset else policy
+            )
+
+    return wrap
+
+
+def _block_names(model: nn.Module) -> Iterator[str]:
+    """Members of module lists that hold DoRA layers and parameters of no other unit, innermost first."""
+    names = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList):
+            continue
+        names += [
+            f"{name}.{index}".lstrip(".")
+            for index, block in enumerate(module)
+            if not _is_unit(block)
+            and any(isinstance(m, DoraLinear) for m in block.modules())
+            and any(True for _ in _left(block))
+        ]
+    return reversed(names)
+
+
+def _is_unit(module: nn.Module) -> bool:
+    """Whether a strategy has taken this module's parameters already."""
+    return isinstance(module, FSDPModule | FullyShardedDataParallel)
+
+
+def _left(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters below `module` that belong to no inner unit, with their names."""
+    yield from module.named_parameters(recurse=False)
+    for name, child in module.named_children():
+        if not _is_unit(child):
+            yield from ((f"{name}.{rest}", parameter) for rest, parameter in _left(child))
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the parameters are."""
+    return next(model.parameters()).device
+
+
+def _refuse(model: nn.Module, config: ShardConfig) -> None:
+    """What can't be sharded is refused before anything is wrapped."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise ShardingError("there is no process group", hint="call torch.distributed.init_process_group first")
+    if any(_is_unit(module) for module in model.modules()):
+        raise ShardingError("the model is sharded already", hint="call shard_model once")
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, DoraLinear)]
+    if not layers:
+        raise ShardingError("the model has no DoRA layer", hint="call apply_dora first")
+    for name, layer in layers:
+        _refuse_storage(name, layer, config)
+
+
+def _refuse_storage(name: str, layer: DoraLinear, config: ShardConfig) -> None:
+    """S6, D6: the wire may change neither packed bytes nor the weight that the magnitude was made from."""
+    storage, param_dtype = layer.base.storage, config.param_dtype
+    if storage is None:
+        if param_dtype not in (None, layer.base.dtype, layer.compute_dtype):
+            raise ShardingError(
+                f"param_dtype {param_dtype} would change {name}.base.weight, computed in {layer.compute_dtype}",
+                hint=f"use DoraConfig(compute_dtype={param_dtype}), so that the magnitude starts from what the forward uses (D6)",
+            )
+        return
+    if storage.is_floating_point and param_dtype not in (None, storage):
+        raise StorageError(
+            f"param_dtype {param_dtype} against quant_storage {storage} of {name}.base.weight (S6)",
+            hint=f"use QuantConfig(quant_storage={param_dtype}), or leave param_dtype unset",
+        )
+    if not storage.is_floating_point and config.strategy != "fsdp2":
+        raise StorageError(
+            f"{config.strategy} can't hold {storage} bytes of {name}.base.weight in a flat parameter (S7)",
+            hint="use QuantConfig(quant_storage=torch.bfloat16), or fsdp2",
+        )
+
+
+def _refuse_mixed(module: nn.Module, *, original: bool) -> None:
+    """S7: a flat parameter has one dtype, and without `use_orig_params` one `requires_grad`."""
+    members = list(_left(module))
+    for what, seen in (
+        ("dtype", {p.dtype for _, p in members}),
+        ("requires_grad", set() if original else {p.requires_grad for _, p in members}),
+    ):
+        if len(seen) > 1:
+            names = ", ".join(name for name, _ in members[:4])
+            raise ShardingError(
+                f"{names} would share a flat parameter but differ in {what}: {seen}",
+                hint="make them agree, or use fsdp2",
+            )
