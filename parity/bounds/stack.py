@@ -76,7 +76,8 @@ def propagate(
 ) -> list[Bounds]:
     """S3, T3: for each step the bound of every ("layers.K.NAME", KIND).
 
-    KIND is "gradient", "parameter" (after the step) or "optimizer:momentum_buffer". Besides these, the step holds ("x", "gradient") and ("y", "output"), the stack's own, of all ranks together.
+    KIND is "gradient", "parameter" (after the step) or "optimizer:momentum_buffer". Besides these, each step holds
+    ("x", "gradient") and ("y", "output"), the stack's own, of all ranks together.
 
     Args:
         layers: the stack, "layers.0" first.

@@ -12,6 +12,7 @@ import zlib
 import numpy as np
 
 from parity.case import Case
+from parity.inputs.deal import deal_tokens
 from parity.inputs.gaussian import gaussian_stack
 from parity.inputs.lattice import lattice_stack
 
@@ -48,11 +49,3 @@ def batches(case: Case, rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
         weight = float(case.input_world) if hot is None else float(hot == rank or case.twin_world > 0)
         steps.append((arrays["x"][mine], arrays["G"][mine] * np.float32(weight)))
     return steps
-
-
-def deal_tokens(tokens: int, world: int) -> list[slice]:
-    """Give each rank a run of tokens, unequal where there are several ranks: rank k gets a share of k + 2."""
-    shares = np.arange(2, world + 2)
-    ends = np.floor(np.cumsum(shares) / shares.sum() * tokens + 0.5).astype(int)
-    starts = np.concatenate([[0], ends[:-1]])
-    return [slice(int(start), int(end)) for start, end in zip(starts, ends, strict=True)]

@@ -33,7 +33,9 @@ def _layer(case: Case, generator: np.random.Generator, *, fan_in: int, fan_out: 
         # W and B zero: V is exactly zero whatever A holds (a weight of -sBA would have to be representable).
         weight[::5] = 0.0
         lora_B[::5] = 0.0
-    norm = np.linalg.norm(weight.astype(np.float64) + case.alpha / case.rank * (lora_B.astype(np.float64) @ lora_A), axis=1)
+    norm = np.linalg.norm(
+        weight.astype(np.float64) + case.alpha / case.rank * (lora_B.astype(np.float64) @ lora_A), axis=1
+    )
     layer = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B}
     layer["magnitude"] = _held((norm + (norm == 0)) * (1.0 + 0.1 * generator.standard_normal(fan_out)), "float32")
     if case.bias:

@@ -133,17 +133,17 @@ def _run(closed: ClosedJaxpr | Jaxpr, key: Array, unit: float | Array, arguments
 def _step(equation: Any, key: Array, position: int, unit_and_inputs: tuple[Any, list[Any]]) -> Sequence[Any]:
     unit, inputs = unit_and_inputs
     name, params = equation.primitive.name, equation.params
-    if not _count_products(equation):
-        return _bound(equation, inputs)
-    key = jax.random.fold_in(key, position)
+    key = jax.random.fold_in(key, position) if _count_products(equation) else key
     if name in PRODUCTS:
-        return [_perturbed(output, key, unit) for output in _bound(equation, inputs)]
+        return [_perturbed(output, key, unit) for output in _as_it_stands(equation, inputs)]
+    if name in _CALLERS:
+        called = next(params[where] for where in _CALLS if where in params)
+        return _run(called, key, unit, inputs)
+    if not _count_products(equation):
+        return _as_it_stands(equation, inputs)
     if name in _CONTROL:
         return _CONTROL[name](params, key, unit, inputs)
-    called = next((params[where] for where in _CALLS if where in params), None)
-    if called is None or name not in _CALLERS:
-        raise SensitivityError(f"a product inside the primitive {name!r}", hint="write the function without it")
-    return _run(called, key, unit, inputs)
+    raise SensitivityError(f"a product inside the primitive {name!r}", hint="write the function without it")
 
 
 _CALLERS: Final = frozenset(
@@ -152,9 +152,10 @@ _CALLERS: Final = frozenset(
 )
 
 
-def _bound(equation: Any, inputs: list[Any]) -> Sequence[Any]:
-    """The equation as it stands."""
-    functions, params = equation.primitive.get_bind_params(equation.params)
+def _as_it_stands(equation: Any, inputs: list[Any]) -> Sequence[Any]:
+    """The equation itself, without noise."""
+    bound = equation.primitive.get_bind_params(equation.params)
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # later JAX folds the first into the second
     outputs = equation.primitive.bind(*functions, *inputs, **params)
     return outputs if equation.primitive.multiple_results else [outputs]
 

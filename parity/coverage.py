@@ -1,0 +1,96 @@
+"""Two checks on all ranks together: that they hold every element of every tensor, and hold it where S1 and S2 say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from parity.check import Check
+from parity.expectation import Expectations, required
+from parity.layout import LayoutQuestion, Layouts
+from parity.oracle.prediction import Key
+from parity.shard import Shard, describe_index
+
+
+def missing_elements(shards: Iterable[Shard], expectations: Expectations) -> list[Check]:
+    """A failed check for each tensor that the ranks do not give in full; nothing where all is there."""
+    held: dict[Key, np.ndarray] = {
+        key: np.zeros(expectations[key].value.shape, dtype=bool) for key in required(expectations)
+    }
+    for shard in shards:
+        if shard.key in held:
+            _mark(held[shard.key], shard)
+    return [_missing(key, marks) for key, marks in sorted(held.items()) if not marks.all()]
+
+
+def _mark(marks: np.ndarray, shard: Shard) -> None:
+    try:
+        shard.part_of(marks)[...] = True  # a view: the index is one of slices
+    except IndexError:
+        return  # `check_shard` reports an index that does not fit
+
+
+def _missing(key: Key, marks: np.ndarray) -> Check:
+    step, kind, name = key
+    lost = int((~marks).sum())
+    return Check(
+        tensor=name,
+        kind=kind,
+        step=step,
+        rank=-1,
+        index=(),
+        mode=f"coverage: {lost} of {marks.size} elements on no rank",
+        worst=float(lost),
+        limit=0.0,
+        ratio=None,
+        passed=False,
+    )
+
+
+def layout_question(strategy: str, world: int, twin: Iterable[Shard]) -> LayoutQuestion:
+    """What to ask: the unsharded twin says which parameters there are, in registration order."""
+    members = tuple(
+        (shard.name, tuple(shard.global_shape), shard.array.dtype.itemsize)
+        for shard in twin
+        if shard.kind == "parameter" and shard.step == 0
+    )
+    return LayoutQuestion(strategy, world, members)
+
+
+def check_layout(shards: Iterable[Shard], layouts: Layouts) -> list[Check]:
+    """Where each rank says its parameters lie, against S1 and S2."""
+    return [
+        _place_check(shard, layouts[shard.name, shard.rank])
+        for shard in shards
+        if shard.kind == "parameter" and shard.step == 0 and (shard.name, shard.rank) in layouts
+    ]
+
+
+def _place_check(shard: Shard, wanted: tuple[slice, ...]) -> Check:
+    passed = _range(shard.index, shard.global_shape) == _range(wanted, shard.global_shape)
+    said = "layout" if passed else f"layout: wanted {describe_index(wanted)}"
+    return Check(
+        tensor=shard.name,
+        kind="layout",
+        step=0,
+        rank=shard.rank,
+        index=shard.index,
+        mode=said,
+        worst=0.0 if passed else float("inf"),
+        limit=0.0,
+        ratio=0.0 if passed else None,
+        passed=passed,
+    )
+
+
+def _range(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple:
+    """Slices as numbers; all empty parts are alike, and a whole tensor is the same said either way."""
+    ranges = tuple((part.start, part.stop) for part in index)
+    if any(start == stop for start, stop in ranges):
+        return ("empty",)
+    if len(index) == len(shape) and all(r == (0, size) for r, size in zip(ranges, shape, strict=True)):
+        return ("flat", 0, int(np.prod(shape)))
+    if len(index) == 1 and len(shape) != 1:
+        return ("flat", *ranges[0])
+    return ranges

@@ -1,0 +1,70 @@
+"""From a case, what the oracle predicts and what the unsharded twin gave, to the expectation of each tensor.
+
+Link 2 (shards) compares with the same framework's unsharded result; links 1 and 3 compare with the oracle.
+Modes by proof: lattice and one-hot are bitwise, bound has an array of limits, sensitivity a limit on the 2-norm,
+decode and frozen weights every bit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from parity.case import Case
+from parity.check import Expected
+from parity.errors import CaseFailed
+from parity.oracle.prediction import Key, Prediction, Predictions
+from parity.shard import Shard
+
+Expectations = dict[Key, Expected]
+
+
+def from_oracle(case: Case, predictions: Predictions) -> Expectations:
+    """Links 1 and 3, and the codec."""
+    return {key: _against_oracle(case, key, prediction) for key, prediction in predictions.items()}
+
+
+def from_twin(case: Case, twin: list[Shard], predictions: Predictions) -> Expectations:
+    """Link 2: the unsharded result of the same implementation, frozen weights included."""
+    return {shard.key: _against_twin(case, shard, predictions.get(shard.key)) for shard in twin}
+
+
+def _against_oracle(case: Case, key: Key, prediction: Prediction) -> Expected:
+    if case.proof == "decode":
+        return Expected(value=prediction.value, mode="bits")
+    if case.proof == "lattice":
+        return Expected(value=_exactly_float32(case, key, prediction.value), mode="bitwise")
+    mode = "norm" if case.proof == "sensitivity" else "bound"
+    return Expected(value=prediction.value, mode=mode, limit=prediction.limit, mutants=prediction.mutants)
+
+
+def _exactly_float32(case: Case, key: Key, value: np.ndarray) -> np.ndarray:
+    """A lattice case's expectation is exact in float32, or the certificate was wrong."""
+    narrow = value.astype(np.float32)
+    if not np.array_equal(narrow.astype(np.float64), value):
+        raise CaseFailed(
+            f"{case.id}: the oracle's {key[2]} ({key[1]}) is no float32 number, so the lattice is not exact"
+        )
+    return narrow
+
+
+def _against_twin(case: Case, shard: Shard, prediction: Prediction | None) -> Expected:
+    if is_frozen(shard.name):
+        return Expected(value=shard.array, mode="bits")
+    if case.proof != "bound" or shard.step == 0 or prediction is None:
+        return Expected(value=shard.array, mode="bitwise")
+    return Expected(value=shard.array, mode="bound", limit=prediction.pair_limit, mutants=prediction.mutants)
+
+
+def is_frozen(name: str) -> bool:
+    """Whether a tensor belongs to no adapter."""
+    return not name.endswith(("lora_A", "lora_B", "magnitude"))
+
+
+def required(expectations: Expectations) -> set[Key]:
+    """What an implementation must give, all of it: the adapters' gradients and parameters at every step."""
+    kinds = {"gradient", "parameter", "packed", "absmax", "decoded"}
+    return {
+        (step, kind, name)
+        for step, kind, name in expectations
+        if kind in kinds and not (kind == "parameter" and (step == 0 or is_frozen(name)))
+    }

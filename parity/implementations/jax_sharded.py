@@ -1,0 +1,122 @@
+"""The reference's own FSDP, written out in `shard_map` on virtual devices, in float32; unsharded as its own twin.
+
+Axis legend: N ranks, T tokens of a rank (padded with zero tokens to the longest), I in, O out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from parity.case import UNSHARDED, Case
+from parity.inputs import batches, stack_inputs
+from parity.oracle.stack import FACTORS, gradients
+from parity.oracle.weights import weight_used
+from parity.ranks import Place
+from parity.shard import Shard
+from ref import dora, fsdp, training
+from ref.types import Adapter, Layer
+
+Rows = list[list[Adapter]]
+"""`rows[rank][layer]`: what each rank holds of an adapter, or of its gradient or momentum."""
+
+
+class JaxSharded:
+    """Link 2 for JAX: `ref.fsdp.sharded_gradients`, stepped with SGD-momentum on the shards."""
+
+    def refuses(self, case: Case) -> str | None:
+        """Stacks in float32."""
+        if case.strategy not in {"shard-map", UNSHARDED} or case.model != "stack" or case.compute != "float32":
+            return "the JAX form takes float32 stacks under shard-map"
+        return None
+
+    def run(self, case: Case, place: Place) -> Iterator[Shard]:
+        """Every virtual rank's shards, at every step."""
+        layers = stack_layers(case)
+        held = _cut([layer.adapter for layer in layers], place.world)
+        state = None
+        for step in range(1, case.steps + 1):
+            gradient = _gradients(case, layers, place.world, step - 1)
+            yield from _shards(gradient, layers, step, "gradient")
+            held, state = training.sgd_momentum(held, gradient, state, lr=case.learning_rate, momentum=case.momentum)
+            yield from _shards(held, layers, step, "parameter")
+            yield from _shards(state, layers, step, "optimizer:momentum_buffer")
+            layers = _with_adapters(layers, held)
+
+
+def stack_layers(case: Case) -> list[Layer]:
+    """The stack in float32."""
+    inputs = stack_inputs(case)
+    scaling = dora.scaling(case.alpha, case.rank)
+    layers = []
+    for position in range(len(case.layers)):
+        name = f"layers.{position}"
+        bias = inputs.get(f"{name}.bias")
+        layers.append(
+            Layer(
+                weight=weight_used(case, inputs[f"{name}.weight"]).astype(jnp.float32),
+                adapter=Adapter(*(jnp.asarray(inputs[f"{name}.{factor}"]) for factor in FACTORS)),
+                bias=None if bias is None else jnp.asarray(bias),
+                scaling=scaling,
+            )
+        )
+    return layers
+
+
+def _gradients(case: Case, layers: list[Layer], world: int, step: int) -> Rows:
+    """Each rank's rows of the mean gradient."""
+    dealt = [batches(case, rank)[step] for rank in range(world)]
+    if case.strategy == UNSHARDED:
+        x, G = (jnp.asarray(part) for part in dealt[0])
+        parts = (
+            [layer.adapter for layer in layers],
+            [layer.weight for layer in layers],
+            [layer.bias for layer in layers],
+        )
+        whole = gradients(*(tuple(part) for part in parts), x, G, scaling=layers[0].scaling, activation=case.activation)
+        return [list(whole)]
+    longest = max(len(x) for x, _ in dealt)
+    x_NTI, G_NTO = (jnp.asarray(np.stack([_padded(batch[part], longest) for batch in dealt])) for part in (0, 1))
+    _, rows = fsdp.sharded_gradients(x_NTI, layers, G_NTO=G_NTO, relu=case.activation == "relu")
+    return rows
+
+
+def _padded(tokens: np.ndarray, longest: int) -> np.ndarray:
+    """Zero tokens behind: with a zero cotangent they add nothing to any gradient."""
+    return np.pad(tokens, ((0, longest - len(tokens)), (0, 0)))
+
+
+def _cut(adapters: list[Adapter], world: int) -> Rows:
+    def rows_of(rank: int) -> list[Adapter]:
+        return [jax.tree.map(lambda whole: fsdp.shard(whole, world_size=world, rank=rank), a) for a in adapters]
+
+    return [rows_of(rank) for rank in range(world)]
+
+
+def _with_adapters(layers: list[Layer], held: Rows) -> list[Layer]:
+    """The layers with their adapters put together again from every rank's rows."""
+    whole = [jax.tree.map(lambda *rows: fsdp.gather(rows), *per_layer) for per_layer in zip(*held, strict=True)]
+    return [
+        Layer(weight=layer.weight, adapter=adapter, bias=layer.bias, scaling=layer.scaling)
+        for layer, adapter in zip(layers, whole, strict=True)
+    ]
+
+
+def _shards(rows: Rows, layers: list[Layer], step: int, kind: str) -> Iterator[Shard]:
+    for rank, held in enumerate(rows):
+        for position, (part, layer) in enumerate(zip(held, layers, strict=True)):
+            for factor in FACTORS:
+                shape = getattr(layer.adapter, factor).shape
+                own = fsdp.fsdp2_row_range(shape[0], world_size=len(rows), rank=rank)
+                yield Shard(
+                    name=f"layers.{position}.{factor}",
+                    kind=kind,
+                    step=step,
+                    global_shape=shape,
+                    index=(own, *(slice(0, size) for size in shape[1:])),
+                    array=np.asarray(getattr(part, factor)),
+                    rank=rank,
+                )

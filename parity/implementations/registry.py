@@ -1,0 +1,70 @@
+"""From `--impl NAME` or `--impl module:Class` to an implementation."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+from parity.errors import UnknownImplementation
+from parity.implementations.protocol import Implementation
+
+TORCH_IMPLEMENTATIONS = {
+    "torch_impl": "parity.implementations.torch_dora:TorchDora",
+    "peft": "parity.implementations.peft_witness:PeftWitness",
+}
+"""Run inside a torch rank."""
+
+JAX_IMPLEMENTATIONS = {
+    "jax": "parity.implementations.jax_sharded:JaxSharded",
+    "closed-form": "parity.implementations.jax_algebra:ClosedForm",
+    "differences": "parity.implementations.jax_algebra:Differences",
+}
+"""Run inside the JAX process."""
+
+_BUILT_IN = {**TORCH_IMPLEMENTATIONS, **JAX_IMPLEMENTATIONS}
+
+
+def check_exists(name: str) -> None:
+    """Refuse a name that cannot be an implementation, without importing a framework.
+
+    Raises:
+        UnknownImplementation: no such built-in, or no such module.
+    """
+    if name in _BUILT_IN:
+        return
+    module, _, class_name = name.partition(":")
+    if not class_name:
+        known = ", ".join(TORCH_IMPLEMENTATIONS)
+        raise UnknownImplementation(f"--impl {name!r} is unknown", hint=f"one of {known}, or module:Class")
+    _put_here_on_path()
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ImportError:
+        found = False
+    if not found:
+        raise UnknownImplementation(f"--impl {name!r}: no module {module!r}", hint="run where it can be imported")
+
+
+def resolve(name: str) -> Implementation:
+    """Import and construct an implementation.
+
+    Raises:
+        UnknownImplementation: the module has no such class, or is none of ours.
+    """
+    module, _, class_name = _BUILT_IN.get(name, name).partition(":")
+    _put_here_on_path()
+    try:
+        return getattr(importlib.import_module(module), class_name)()
+    except (ImportError, AttributeError) as error:
+        raise UnknownImplementation(
+            f"--impl {name!r}: {error}", hint="module:Class, with no constructor arguments"
+        ) from error
+
+
+def _put_here_on_path() -> None:
+    """A third party's module lies where the command is run; a console script does not look there."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)

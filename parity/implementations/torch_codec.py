@@ -1,0 +1,33 @@
+"""The 4-bit storage as `torch_impl` holds it: packed bytes, absmax and the decoded weight of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from parity.case import Case
+from parity.implementations.torch_stack import DTYPES, to_numpy
+from parity.inputs import stack_inputs
+from parity.ranks import Place
+from parity.shard import Shard, whole_index
+from torch_impl import QuantConfig
+from torch_impl.quant import decode, quantize
+
+
+def codec_shards(case: Case, place: Place) -> Iterator[Shard]:
+    """Quantise each layer's weight and give what is stored and what is read back."""
+    inputs = stack_inputs(case)
+    for position in range(len(case.layers)):
+        name = f"layers.{position}.weight"
+        weight = torch.from_numpy(inputs[name].copy()).to(place.device, DTYPES[case.compute])
+        stored, state, packed_format = quantize(weight, QuantConfig(), name=name)
+        for kind, tensor in (
+            ("packed", stored.view(torch.uint8).flatten()[: packed_format.nbytes]),
+            ("absmax", state["absmax"]),
+            ("decoded", decode(stored, state, packed_format, dtype=DTYPES[case.compute])),
+        ):
+            array = to_numpy(tensor)
+            yield Shard(
+                name=name, kind=kind, step=0, global_shape=array.shape, index=whole_index(array.shape), array=array
+            )

@@ -1,0 +1,82 @@
+"""`torch_impl` put to the proof: stacks, the 4-bit codec, and pretrained networks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from parity.case import TORCH_STRATEGIES, Case
+from parity.implementations.torch_codec import codec_shards
+from parity.implementations.torch_network import build_network, network_losses
+from parity.implementations.torch_stack import DTYPES, Stack, TorchStack, train
+from parity.inputs import stack_inputs
+from parity.ranks import Place
+from parity.shard import Shard
+from torch_impl import DoraConfig, ShardConfig, apply_dora, shard_model
+
+
+class TorchDora(TorchStack):
+    """This project's own implementation."""
+
+    strategies = TORCH_STRATEGIES
+    bases = ("float32", "bfloat16", "nf4")
+    computes = ("float32", "bfloat16")
+    units = "layer"
+
+    def refuses(self, case: Case) -> str | None:
+        """It takes every model; what it lacks is a strategy."""
+        return None if case.strategy in self.strategies else f"strategy {case.strategy!r} is not torch's"
+
+    def run(self, case: Case, place: Place) -> Iterator[Shard]:
+        """By the kind of model."""
+        if case.model == "codec":
+            yield from codec_shards(case, place)
+        elif case.model == "pretrained":
+            yield from self._run_network(case, place)
+        else:
+            yield from super().run(case, place)
+
+    def build(self, case: Case, device: str) -> nn.Module:
+        """A stack of `nn.Linear`, turned into DoRA by the public entry point."""
+        arrays = {name: torch.from_numpy(array.copy()) for name, array in stack_inputs(case).items()}
+        stored = torch.float32 if case.base == "nf4" else DTYPES[case.base]
+        linears = [_linear(arrays, position, stored) for position in range(len(case.layers))]
+        model = apply_dora(Stack(linears, case.activation).to(device), dora_config(case))
+        for name, parameter in model.named_parameters():
+            if name in arrays and parameter.requires_grad:
+                parameter.data.copy_(arrays[name])
+        return model
+
+    def shard(self, model: nn.Module, case: Case) -> nn.Module:
+        """By the public entry point."""
+        wire = DTYPES[case.param_dtype] if case.param_dtype else None
+        return shard_model(model, ShardConfig(strategy=case.strategy, param_dtype=wire))
+
+    def _run_network(self, case: Case, place: Place) -> Iterator[Shard]:
+        model = build_network(case, place, dora_config(case))
+        if case.strategy in self.strategies[1:]:
+            model = self.shard(model, case)
+        losses = network_losses(model, case, place)
+        yield from train(model, case, lambda step: losses[step]())
+
+
+def dora_config(case: Case) -> DoraConfig:
+    """What a user would write for this case."""
+    return DoraConfig(
+        rank=case.rank,
+        alpha=case.alpha,
+        target_modules="all-linear",
+        quant="nf4" if case.base == "nf4" else None,
+        compute_dtype=DTYPES[case.compute],
+    )
+
+
+def _linear(arrays: dict[str, torch.Tensor], position: int, dtype: torch.dtype) -> nn.Linear:
+    weight, bias = arrays[f"layers.{position}.weight"], arrays.get(f"layers.{position}.bias")
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=dtype)
+    linear.weight.data.copy_(weight)
+    if bias is not None:
+        linear.bias.data.copy_(bias)
+    return linear

@@ -1,0 +1,63 @@
+"""A pretrained Hugging Face network with DoRA on every linear layer, and each step's loss on this rank."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from parity.case import Case
+from parity.inputs.network import adapter_factors, predicted_tokens, sequences, starting_magnitude
+from parity.ranks import Place
+from torch_impl import DoraConfig, DoraLinear, apply_dora
+
+
+def build_network(case: Case, place: Place, config: DoraConfig) -> nn.Module:
+    """The first `case.blocks` blocks, frozen, with the case's adapters."""
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - seconds to import, and only networks need it
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    dtype = torch.bfloat16 if case.compute == "bfloat16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(
+        place.model, dtype=dtype, num_hidden_layers=case.blocks, use_safetensors=True, local_files_only=True
+    )
+    model.config.use_cache = False
+    model = apply_dora(model.to(place.device), config)
+    for name, layer in model.named_modules():
+        if isinstance(layer, DoraLinear):
+            _fill(case, name, layer)
+    return model
+
+
+@torch.no_grad()
+def _fill(case: Case, name: str, layer: DoraLinear) -> None:
+    factors = adapter_factors(case, name, fan_in=layer.in_features, fan_out=layer.out_features)
+    layer.lora_A.copy_(torch.from_numpy(factors[0]))
+    layer.lora_B.copy_(torch.from_numpy(factors[1]))
+    layer.reset_magnitude()
+    layer.magnitude.copy_(torch.from_numpy(starting_magnitude(layer.magnitude.cpu().numpy())))
+
+
+def network_losses(model: nn.Module, case: Case, place: Place) -> list[Callable[[], torch.Tensor]]:
+    """For each step, what computes this rank's loss: `world * sum_k / N_total` (S3), or one-hot."""
+    texts = [torch.from_numpy(ids).to(place.device) for ids in sequences(case, place.model)]
+    total = predicted_tokens(case, place.model)
+
+    def loss(step: int) -> torch.Tensor:
+        hot = case.hot_rank(step)
+        if hot is None:
+            mine = texts if case.world == 1 else texts[place.rank : place.rank + 1]
+            return sum(_summed_loss(model, text) for text in mine) * (case.world / total)
+        text = texts[hot] if case.twin_world else texts[place.rank]
+        return _summed_loss(model, text) * (float(case.twin_world > 0 or hot == place.rank) / total)
+
+    return [lambda step=step: loss(step) for step in range(case.steps)]
+
+
+def _summed_loss(model: nn.Module, text: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of each next token, summed, in float32."""
+    logits = model(input_ids=text[None, :-1]).logits[0]
+    return functional.cross_entropy(logits.float(), text[1:], reduction="sum")

@@ -1,0 +1,135 @@
+"""The loop that every torch implementation of a stack shares: build, shard, and step with SGD-momentum.
+
+A third party subclasses `TorchStack` and gives `layer`; it overrides `shard` where it shards in its own way.
+The loop gives the gradients after each backward pass, and parameters and momenta after each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import nn
+
+from parity.case import UNSHARDED, Case
+from parity.inputs import batches, stack_inputs
+from parity.ranks import Place
+from parity.shard import Shard
+from torch_impl import local_shards
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class Stack(nn.Module):
+    """Linear layers named `layers.0`, `layers.1`, with an activation between."""
+
+    def __init__(self, layers: list[nn.Module], activation: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.activation = torch.relu if activation == "relu" else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x (tokens, in)` to `(tokens, out)`."""
+        for position, layer in enumerate(self.layers):
+            x = layer(self.activation(x) if position else x)
+        return x
+
+
+class TorchStack:
+    """Subclass me: `layer` gives one DoRA layer with parameters `lora_A`, `lora_B`, `magnitude`."""
+
+    strategies: tuple[str, ...] = (UNSHARDED,)
+    bases: tuple[str, ...] = ("float32",)
+    computes: tuple[str, ...] = ("float32",)
+
+    def layer(self, case: Case, arrays: dict[str, torch.Tensor]) -> nn.Module:
+        """One layer from `weight`, `lora_A`, `lora_B`, `magnitude` and, in some cases, `bias`."""
+        raise NotImplementedError
+
+    def shard(self, model: nn.Module, case: Case) -> nn.Module:
+        """Shard the whole stack; called under every strategy but `none`."""
+        raise NotImplementedError
+
+    def refuses(self, case: Case) -> str | None:
+        """By what the class attributes declare."""
+        for what, value, known in (
+            ("model", case.model, ("stack",)),
+            ("strategy", case.strategy, self.strategies),
+            ("base", case.base, self.bases),
+            ("compute", case.compute, self.computes),
+        ):
+            if value not in known:
+                return f"its {what} {value!r} is not declared by {type(self).__name__}"
+        return None
+
+    def build(self, case: Case, device: str) -> nn.Module:
+        """The unsharded stack, with the case's numbers in it."""
+        inputs = {name: torch.from_numpy(array.copy()).to(device) for name, array in stack_inputs(case).items()}
+        layers = []
+        for position in range(len(case.layers)):
+            prefix = f"layers.{position}."
+            arrays = {k.removeprefix(prefix): v for k, v in inputs.items() if k.startswith(prefix)}
+            layers.append(self.layer(case, arrays))
+        return Stack(layers, case.activation)
+
+    def run(self, case: Case, place: Place) -> Iterator[Shard]:
+        """Build, shard, train; give this rank's shards at every step."""
+        model = self.build(case, place.device)
+        if case.strategy != UNSHARDED:
+            model = self.shard(model, case)
+        dtype = DTYPES[case.compute]
+        data = [
+            [torch.from_numpy(part).to(place.device, dtype) for part in batch] for batch in batches(case, place.rank)
+        ]
+        yield from train(model, case, lambda step: (model(data[step][0]) * data[step][1]).sum())
+
+
+def train(model: nn.Module, case: Case, loss_of_step) -> Iterator[Shard]:  # noqa: ANN001 - a callable from step to scalar
+    """SGD with momentum, giving shards: frozen weights once, then gradients, parameters and momenta by step."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trainable, lr=case.learning_rate, momentum=case.momentum)
+    yield from shards_now(model, 0, ("parameter",))
+    for step in range(1, case.steps + 1):
+        optimizer.zero_grad(set_to_none=True)
+        loss_of_step(step - 1).backward()
+        _divide_gradients(trainable, case.divide_gradients_by)
+        yield from shards_now(model, step, ("gradient",))
+        optimizer.step()
+        yield from shards_now(model, step, ("parameter", "optimizer:momentum_buffer"), optimizer)
+
+
+def shards_now(
+    model: nn.Module, step: int, kinds: tuple[str, ...], optimizer: torch.optim.Optimizer | None = None
+) -> Iterator[Shard]:
+    """What this rank holds now; frozen weights only at step 0, since nothing changes them."""
+    for local in local_shards(model, optimizer):
+        frozen = not local.name.endswith(("lora_A", "lora_B", "magnitude"))
+        if local.kind not in kinds or (frozen and step > 0):
+            continue
+        yield Shard(
+            name=local.name,
+            kind=local.kind,
+            step=step,
+            global_shape=tuple(local.global_shape),
+            index=local.index,
+            array=to_numpy(local.tensor),
+        )
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A copy in the same dtype; bfloat16 by its bits."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().copy().view(ml_dtypes.bfloat16)
+    return tensor.numpy().copy()
+
+
+def _divide_gradients(parameters: list[nn.Parameter], divisor: int) -> None:
+    """For the unsharded twin of a one-hot case: what the mean over ranks does to the only non-zero gradient."""
+    if divisor == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.div_(divisor)

@@ -1,0 +1,45 @@
+"""The oracle of layouts: which part of each tensor each rank ought to hold (S1, S2, S7), from shapes alone."""
+
+from __future__ import annotations
+
+from parity.layout import LayoutQuestion, Layouts
+from parity.shard import Index
+from ref import fsdp
+
+_ALIGNED_BYTES = 16
+"""S2: with `use_orig_params=True` each member starts at a multiple of this."""
+
+
+def predict_layout(question: LayoutQuestion) -> Layouts:
+    """FSDP2 cuts dim 0; FSDP1 cuts each unit's flat parameter. World 1 is not cut at all."""
+    layouts: Layouts = {}
+    for unit in _units(question).values():
+        for rank in range(question.world):
+            layouts |= {(name, rank): index for name, index in _unit_layout(question, unit, rank)}
+    return layouts
+
+
+def _units(question: LayoutQuestion) -> dict[str, list]:
+    """S7: a layer's A, B and magnitude share a unit; its base weight and its bias have one each."""
+    units: dict[str, list] = {}
+    for member in question.members:
+        parent, _, leaf = member[0].rpartition(".")
+        own = leaf in {"lora_A", "lora_B", "magnitude"}
+        units.setdefault(parent if own else member[0], []).append(member)
+    return units
+
+
+def _unit_layout(question: LayoutQuestion, unit: list, rank: int) -> list[tuple[str, Index]]:
+    if question.strategy == "fsdp2":
+        return [
+            (name, (fsdp.fsdp2_row_range(shape[0], world_size=question.world, rank=rank), *_whole(shape[1:])))
+            for name, shape, _ in unit
+        ]
+    alignment = _ALIGNED_BYTES // unit[0][2] if question.strategy == "fsdp1-orig" else None
+    members = [(name, shape) for name, shape, _ in unit]
+    layout = fsdp.flat_layout(members, world_size=question.world, alignment=alignment)
+    return [(name, (part,)) for name, part in layout.shard(rank)]
+
+
+def _whole(shape: tuple[int, ...]) -> Index:
+    return tuple(slice(0, size) for size in shape)

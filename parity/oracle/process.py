@@ -1,0 +1,116 @@
+"""The JAX process: answers the oracle's questions and runs the JAX implementations, on virtual devices, in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parity.case import Case
+from parity.layout import LayoutQuestion, Layouts
+from parity.oracle.prediction import Predictions
+from parity.processes import Seat, Workers
+from parity.ranks import Job, Place, RankAnswer
+from parity.worker import prepare, serve
+
+DEVICES = 8
+"""Virtual CPU devices: the largest world of a sharded JAX case."""
+_LAYOUT_SECONDS = 60.0
+"""A layout is arithmetic on a few integers."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What should this case give?"""
+
+    case: Case
+
+
+class Oracle:
+    """Asks the JAX process. Answers are kept, since many cases share their mathematics."""
+
+    def __init__(self, *, model: Path | None, cache: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._workers = Workers(jax_main, 1, context=context, options={"model": model, "cache": cache})
+        self._answers: dict[Case, Predictions] = {}
+
+    def predict(self, case: Case, *, seconds: float) -> Predictions:
+        """Predictions for a case.
+
+        Raises:
+            CaseFailed: the process raised, died or took too long.
+        """
+        asked = mathematics(case)
+        if asked not in self._answers:
+            self._answers[asked] = self._workers.call(Question(asked), seconds=seconds)[0]
+        return self._answers[asked]
+
+    def run(self, job: Job, *, seconds: float) -> list[RankAnswer]:
+        """Run a JAX implementation; its answers come as from ranks."""
+        return self._workers.call(job, seconds=seconds)[0]
+
+    def layout(self, question: LayoutQuestion) -> Layouts:
+        """Which part of each parameter each rank ought to hold."""
+        return self._workers.call(question, seconds=_LAYOUT_SECONDS)[0]
+
+    def close(self) -> None:
+        """End the process."""
+        self._workers.kill()
+
+
+def mathematics(case: Case) -> Case:
+    """The case without what the expected values cannot depend on: strategy, subject (but for peft's form), link."""
+    subject = case.subject if case.subject == "peft" else "torch_impl"
+    return dataclasses.replace(case, strategy="none", subject=subject, link="frameworks", clauses=(), param_dtype=None)
+
+
+def jax_main(seat: Seat) -> None:
+    """The process's life."""
+    prepare(seat)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax  # noqa: PLC0415 - only this process loads jax
+
+    jax.config.update("jax_enable_x64", val=True)
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    jax.config.update("jax_compilation_cache_dir", str(seat.options["cache"] / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    serve(seat, lambda asked: _answer(asked, seat.options["model"]))
+
+
+def _answer(asked: Any, model: Path | None) -> Any:
+    if isinstance(asked, Job):
+        return _run(asked, model)
+    if isinstance(asked, LayoutQuestion):
+        from parity.oracle.layout import predict_layout  # noqa: PLC0415 - each question loads what it needs
+
+        return predict_layout(asked)
+    case = asked.case
+    if case.model == "codec":
+        from parity.oracle.codec import predict_codec  # noqa: PLC0415 - each question loads what it needs
+
+        return predict_codec(case)
+    if case.model == "pretrained":
+        from parity.oracle.network import predict_network  # noqa: PLC0415
+
+        return predict_network(case, model)
+    from parity.oracle.stack import predict_stack  # noqa: PLC0415
+
+    return predict_stack(case)
+
+
+def _run(job: Job, model: Path | None) -> list[RankAnswer]:
+    """One answer a virtual rank."""
+    from parity.implementations.registry import resolve  # noqa: PLC0415
+
+    start = time.monotonic()
+    implementation = resolve(job.implementation)
+    refused = implementation.refuses(job.case)
+    if refused:
+        return [RankAnswer([], time.monotonic() - start, refused)]
+    shards = list(implementation.run(job.case, Place(0, job.case.world, "cpu", model)))
+    seconds = time.monotonic() - start
+    return [RankAnswer([shard for shard in shards if shard.rank == rank], seconds) for rank in range(job.case.world)]

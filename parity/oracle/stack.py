@@ -1,0 +1,144 @@
+"""The oracle of a stack: the reference's autodiff in float64, its steps, and the bound of every tensor.
+
+Axis legend: W_OI (out, in), x_TI (tokens, in), G_TO (tokens, out).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from parity import bounds
+from parity.case import Case
+from parity.inputs import stack_inputs
+from parity.oracle.prediction import Prediction, Predictions
+from parity.oracle.weights import weight_used
+from ref import dora, training
+from ref.types import Adapter, NormGradient
+
+FACTORS = ("lora_A", "lora_B", "magnitude")
+_PRECISIONS = {"float32": bounds.FLOAT32, "bfloat16": bounds.BFLOAT16_COMPUTE, "float64": bounds.FLOAT64}
+
+
+def predict_stack(case: Case) -> Predictions:
+    """Every gradient, parameter and momentum of every step, with limits (bounded cases) and the nearest mutant."""
+    right = _train(case, "constant")
+    nearest = _train(case, "full") if case.proof == "bound" else {}
+    tracked = _bounds(case) if case.proof == "bound" else {}
+    return {key: _prediction(value, tracked.get(key), nearest.get(key)) for key, value in right.items()}
+
+
+def _prediction(value: np.ndarray, tracked: bounds.Tracked | None, nearest: np.ndarray | None) -> Prediction:
+    mutants = {} if nearest is None else {"NormNotDetached": nearest}
+    if tracked is None:
+        return Prediction(value=value, mutants=mutants)
+    return Prediction(
+        value=value,
+        limit=bounds.limit(tracked),
+        pair_limit=bounds.limit(bounds.difference(tracked, tracked)),
+        mutants=mutants,
+    )
+
+
+def stack_arrays(case: Case) -> tuple[tuple[Array, ...], tuple[Array | None, ...], tuple[Adapter, ...]]:
+    """Float64 weights (as the forward uses them), biases, and adapters of a case's stack."""
+    inputs = stack_inputs(case)
+    names = [f"layers.{position}" for position in range(len(case.layers))]
+    weights = tuple(weight_used(case, inputs[f"{name}.weight"]) for name in names)
+    biases = tuple(_float64(inputs.get(f"{name}.bias")) for name in names)
+    adapters = tuple(Adapter(*(_float64(inputs[f"{name}.{factor}"]) for factor in FACTORS)) for name in names)
+    return weights, biases, adapters
+
+
+def _float64(array: np.ndarray | None) -> Array | None:
+    return None if array is None else jnp.asarray(array, dtype=jnp.float64)
+
+
+@functools.partial(jax.jit, static_argnames=("scaling", "activation", "norm_gradient"))
+def gradients(
+    adapters: tuple[Adapter, ...],
+    weights: tuple[Array, ...],
+    biases: tuple[Array | None, ...],
+    x_TI: Array,
+    G_TO: Array,
+    *,
+    scaling: float,
+    activation: str,
+    norm_gradient: NormGradient = "constant",
+) -> tuple[Adapter, ...]:
+    """The derivative of `sum(G * y)` with respect to every adapter."""
+
+    def loss(adapters: tuple[Adapter, ...]) -> Array:
+        y = x_TI
+        for position, adapter in enumerate(adapters):
+            y = jax.nn.relu(y) if position and activation == "relu" else y
+            y = dora.forward(
+                y,
+                weights[position],
+                adapter,
+                scaling=scaling,
+                bias_O=biases[position],
+                norm_gradient=norm_gradient,
+            )
+        return jnp.sum(G_TO * y)
+
+    return jax.grad(loss)(adapters)
+
+
+def _train(case: Case, norm_gradient: NormGradient) -> dict:
+    """SGD with momentum on all tokens at once; the same batch at every step."""
+    inputs = stack_inputs(case)
+    weights, biases, adapters = stack_arrays(case)
+    x_TI, G_TO = _float64(inputs["x"]), _float64(inputs["G"])
+    options = {"scaling": dora.scaling(case.alpha, case.rank), "activation": case.activation}
+    state, tensors = None, {}
+    for step in range(1, case.steps + 1):
+        gradient = gradients(adapters, weights, biases, x_TI, G_TO, norm_gradient=norm_gradient, **options)
+        adapters, state = training.sgd_momentum(
+            adapters, gradient, state, lr=case.learning_rate, momentum=case.momentum
+        )
+        kinds = {"gradient": gradient, "parameter": adapters, "optimizer:momentum_buffer": state}
+        tensors |= {key: value for kind, tree in kinds.items() for key, value in _named(step, kind, tree).items()}
+    return tensors
+
+
+def _named(step: int, kind: str, adapters: tuple[Adapter, ...]) -> dict:
+    return {
+        (step, kind, f"layers.{position}.{factor}"): np.asarray(getattr(adapter, factor))
+        for position, adapter in enumerate(adapters)
+        for factor in FACTORS
+    }
+
+
+def _bounds(case: Case) -> dict:
+    """The tracked tensors of every step."""
+    inputs = stack_inputs(case)
+    weights, biases, adapters = stack_arrays(case)
+    layers = [
+        bounds.LayerInputs(
+            weight=np.asarray(weight),
+            bias=None if bias is None else np.asarray(bias),
+            **{factor: np.asarray(getattr(adapter, factor)) for factor in FACTORS},
+        )
+        for weight, bias, adapter in zip(weights, biases, adapters, strict=True)
+    ]
+    steps = bounds.propagate(
+        layers,
+        inputs["x"].astype(np.float64),
+        inputs["G"].astype(np.float64),
+        scaling=dora.scaling(case.alpha, case.rank),
+        activation=case.activation,
+        precision=_PRECISIONS[case.compute],
+        lr=case.learning_rate,
+        momentum=case.momentum,
+        steps=case.steps,
+        world=case.world,
+        d9=case.subject == "peft",
+    )
+    return {
+        (number, kind, name): tensor for number, step in enumerate(steps, 1) for (name, kind), tensor in step.items()
+    }

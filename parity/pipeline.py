@@ -1,0 +1,134 @@
+"""The one way through: case -> inputs -> oracle -> ranks -> shards -> checks.
+
+Ranks build a case's inputs themselves, from the case; the oracle answers in a process of its own, ahead of the
+ranks; nothing that is expected ever reaches an implementation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Self
+
+from parity.case import UNSHARDED, Case
+from parity.check import Check, check_shard
+from parity.coverage import check_layout, layout_question, missing_elements
+from parity.errors import CaseFailed
+from parity.expectation import Expectations, from_oracle, from_twin
+from parity.implementations.registry import JAX_IMPLEMENTATIONS
+from parity.oracle.prediction import Predictions
+from parity.oracle.process import Oracle
+from parity.ranks import Job, Pools, RankAnswer
+from parity.results import CaseResult
+from parity.shard import Shard
+
+Assignment = tuple[Case, str]
+"""A case and the implementation that runs it."""
+
+NO_MODEL = "no pretrained weights: "
+
+
+class Pipeline:
+    """Runs cases. A context manager: leaving it leaves no process behind."""
+
+    def __init__(self, *, device: str = "cpu", model: Path | None = None, no_model: str = "", cache: Path) -> None:
+        self._pools = Pools(device=device, model=model)
+        self._oracle = Oracle(model=model, cache=cache)
+        self._ahead = ThreadPoolExecutor(1)
+        self._no_model = no_model
+        self._twins: dict[tuple[Case, str], list[Shard]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._oracle.close()
+        self._ahead.shutdown(wait=True, cancel_futures=True)
+        self._oracle.close()
+        self._pools.__exit__()
+
+    def run(self, assignments: Iterable[Assignment]) -> Iterator[CaseResult]:
+        """Run each case in turn; the oracle works on the predictions of all of them meanwhile."""
+        questions: list[tuple[Assignment, Future[Predictions] | None]] = [
+            (assignment, self._ask(assignment[0])) for assignment in assignments
+        ]
+        for (case, implementation), predictions in questions:
+            yield self._run_case(case, implementation, predictions)
+
+    def _ask(self, case: Case) -> Future[Predictions] | None:
+        """One-hot expectations come from the unsharded twin alone."""
+        if case.proof == "one-hot" or (case.model == "pretrained" and self._no_model):
+            return None
+        return self._ahead.submit(self._oracle.predict, case, seconds=limit_seconds(case))
+
+    def _run_case(self, case: Case, implementation: str, predictions: Future[Predictions] | None) -> CaseResult:
+        start = time.monotonic()
+
+        def result(status: str, checks: Iterable[Check] = (), reason: str = "") -> CaseResult:
+            seconds = time.monotonic() - start
+            return CaseResult(
+                case=case,
+                implementation=implementation,
+                status=status,
+                seconds=seconds,
+                checks=tuple(checks),
+                reason=reason,
+            )
+
+        if case.model == "pretrained" and self._no_model:
+            return result("skipped", reason=NO_MODEL + self._no_model)
+        try:
+            answers = self._run_implementation(case, implementation)
+            refused = next((answer.refused for answer in answers if answer.refused), None)
+            if refused:
+                return result("skipped", reason=refused)
+            checks = self._check(case, implementation, answers, predictions)
+        except CaseFailed as error:
+            return result("error", reason=str(error))
+        if not checks:
+            return result("error", reason="the implementation gave nothing that could be checked")
+        return result("passed" if all(check.passed for check in checks) else "failed", checks)
+
+    def _run_implementation(self, case: Case, implementation: str) -> list[RankAnswer]:
+        job = Job(case, implementation)
+        if implementation in JAX_IMPLEMENTATIONS:
+            return self._ahead.submit(self._oracle.run, job, seconds=limit_seconds(case)).result()
+        return self._pools.run(job, seconds=limit_seconds(case))
+
+    def _check(
+        self, case: Case, implementation: str, answers: list[RankAnswer], predictions: Future[Predictions] | None
+    ) -> list[Check]:
+        shards = [shard for answer in answers for shard in answer.shards]
+        predicted = predictions.result() if predictions else {}
+        if case.link != "shards":
+            return compare(shards, from_oracle(case, predicted))
+        twin = self._twin(case, implementation)
+        checks = compare(shards, from_twin(case, twin, predicted))
+        if answers[0].units and case.strategy != UNSHARDED and case.model == "stack":
+            question = layout_question(case.strategy, case.world, twin)
+            checks += check_layout(shards, self._ahead.submit(self._oracle.layout, question).result())
+        return checks
+
+    def _twin(self, case: Case, implementation: str) -> list[Shard]:
+        """The same implementation, unsharded, on the same numbers: run once for all strategies."""
+        twin = case.unsharded_twin()
+        key = (twin, implementation)
+        if key not in self._twins:
+            (answer,) = self._run_implementation(twin, implementation)
+            if answer.refused:
+                raise CaseFailed(f"unsharded, which link 2 compares with: {answer.refused}")
+            self._twins[key] = answer.shards
+        return self._twins[key]
+
+
+def compare(shards: list[Shard], expectations: Expectations) -> list[Check]:
+    """Each shard against its slice of the expectation; then that nothing is missing."""
+    checks = [check_shard(shard, expectations[shard.key]) for shard in shards if shard.key in expectations]
+    return [*checks, *missing_elements(shards, expectations)]
+
+
+def limit_seconds(case: Case) -> float:
+    """How long a case may take on one side before it counts as hung: far above what it needs."""
+    return 120.0 + 60.0 * case.blocks

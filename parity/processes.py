@@ -1,0 +1,176 @@
+"""A group of worker processes that stays up across jobs, and never outlives or outwaits its parent.
+
+Each worker serves one pipe. The parent waits with a limit, on the pipes and on the processes themselves, so a
+crash is seen at once and a hang at the limit; either is raised as `CaseFailed`, naming the ranks, and the whole
+group is killed: what a half-finished collective left behind is not worth repairing. The next job starts a new
+group. Workers watch a lifeline pipe and exit when its other end closes, however the parent ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+from parity.errors import CaseFailed
+
+START_SECONDS = 120.0
+"""How long a new worker may take to import its framework and find its peers."""
+_LAST_WORDS_SECONDS = 0.3
+"""How long the other ranks may take to report an error of their own once one has."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What a worker is given at birth."""
+
+    rank: int
+    world: int
+    connection: Connection
+    lifeline: Connection
+    meeting_place: str
+    """A file through which the ranks find each other."""
+    stack_file: str
+    """Where the worker writes its stack when it is asked (SIGUSR1)."""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Workers:
+    """`world` processes running `target(seat)`, started at the first call and again after a failure."""
+
+    def __init__(
+        self, target: Callable[[Seat], None], world: int, *, context: BaseContext, options: dict[str, Any]
+    ) -> None:
+        self._target = target
+        self._context = context
+        self._options = options
+        self.world = world
+        self._processes: list[multiprocessing.process.BaseProcess] = []
+        self._connections: list[Connection] = []
+        self._lifeline: Connection | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def call(self, job: Any, *, seconds: float) -> list[Any]:
+        """Give every worker the same job and return their answers in rank order.
+
+        Raises:
+            CaseFailed: a worker raised, died, or did not answer within `seconds`; the group is gone then.
+        """
+        try:
+            if not self._processes:
+                self._start()
+            for connection in self._connections:
+                connection.send(job)
+            return self._gather(time.monotonic() + seconds, f"{seconds:g} s")
+        except BaseException:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """End every worker at once; harmless where none runs."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        for connection in [*self._connections, *([self._lifeline] if self._lifeline else [])]:
+            connection.close()
+        self._processes, self._connections, self._lifeline = [], [], None
+        if self._folder:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _start(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="dora-parity-")
+        reader, self._lifeline = multiprocessing.Pipe(duplex=False)
+        for rank in range(self.world):
+            ours, theirs = multiprocessing.Pipe()
+            seat = Seat(
+                rank=rank,
+                world=self.world,
+                connection=theirs,
+                lifeline=reader,
+                meeting_place=str(Path(self._folder.name) / "store"),
+                stack_file=self._stack_file(rank),
+                options=self._options,
+            )
+            process = self._context.Process(target=self._target, args=(seat,), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
+        reader.close()
+        self._gather(time.monotonic() + START_SECONDS, f"{START_SECONDS:g} s at the start")
+
+    def _stack_file(self, rank: int) -> str:
+        return str(Path(self._folder.name) / f"stack-{rank}") if self._folder else os.devnull
+
+    def _gather(self, deadline: float, limit: str) -> list[Any]:
+        """One answer from each worker: `("done", value)` or `("error", text)`."""
+        answers: dict[int, Any] = {}
+        while len(answers) < self.world:
+            waiting = [rank for rank in range(self.world) if rank not in answers]
+            ready = self._wait(waiting, deadline)
+            if not ready:
+                raise CaseFailed(self._hung(waiting, limit))
+            for rank in ready:
+                answers[rank] = self._receive(rank)
+        return [answers[rank] for rank in range(self.world)]
+
+    def _wait(self, ranks: list[int], deadline: float) -> list[int]:
+        sources = {self._connections[rank]: rank for rank in ranks} | {
+            self._processes[rank].sentinel: rank for rank in ranks
+        }
+        ready = wait(list(sources), timeout=max(0.0, deadline - time.monotonic()))
+        return sorted({sources[source] for source in ready})
+
+    def _receive(self, rank: int) -> Any:
+        try:
+            outcome, value = self._connections[rank].recv()
+        except (EOFError, ConnectionResetError):
+            raise CaseFailed(self._died(rank)) from None
+        if outcome == "error":
+            raise CaseFailed("; ".join([f"rank {rank} raised {value}", *self._other_errors(rank)]))
+        return value
+
+    def _other_errors(self, first: int) -> list[str]:
+        """What the other ranks say within a moment: often the same, sometimes the cause."""
+        errors, deadline = [], time.monotonic() + _LAST_WORDS_SECONDS
+        for rank in range(self.world):
+            if rank != first and self._connections[rank].poll(max(0.0, deadline - time.monotonic())):
+                with contextlib.suppress(EOFError, ConnectionResetError):
+                    outcome, value = self._connections[rank].recv()
+                    errors += [f"rank {rank} raised {value}"] if outcome == "error" else []
+        return errors
+
+    def _died(self, rank: int) -> str:
+        self._processes[rank].join(timeout=1.0)
+        code = self._processes[rank].exitcode
+        how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with status {code}"
+        return f"rank {rank} of {self.world} (pid {self._processes[rank].pid}) ended {how}"
+
+    def _hung(self, waiting: list[int], limit: str) -> str:
+        """Name the ranks that did not answer, each with the innermost line it stood at."""
+        for rank in waiting:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._processes[rank].pid or 0, signal.SIGUSR1)
+        time.sleep(_LAST_WORDS_SECONDS)
+        places = [f"rank {rank} at {_innermost_line(self._stack_file(rank))}" for rank in waiting]
+        return f"no answer within {limit} from " + ", ".join(places)
+
+
+def _innermost_line(stack_file: str) -> str:
+    """The innermost frame of a faulthandler dump that is not the library's own waiting."""
+    path = Path(stack_file)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    frames = [line.strip().removeprefix("File ") for line in lines if line.strip().startswith("File ")]
+    own = [frame for frame in frames if "site-packages" not in frame and "/lib/python" not in frame]
+    return (own or frames or ["an unknown place"])[0]

@@ -1,0 +1,130 @@
+"""The torch ranks: a pool for each world size, kept up across cases. Loads torch in the children only."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import multiprocessing
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from parity.case import Case
+from parity.processes import Seat, Workers
+from parity.shard import Shard
+from parity.worker import prepare, serve
+
+_PRELOADED = (
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch._dynamo",
+    "torch.distributed._composable.fsdp",
+    "torch_impl",
+    "parity.implementations.torch_stack",
+)
+"""Imported once in the fork server; without the last torch ones each rank's first FSDP2 case costs a second."""
+
+ENVIRONMENT = {
+    "MKL_CBWR": "AUTO,STRICT",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""Set before torch loads: MKL's kernels must not depend on addresses, nor sums on the number of threads."""
+
+_COLLECTIVE_SECONDS = 900
+"""The process group's own limit; the pool's limit for a case is always shorter."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an implementation runs: its rank and what the machine offers."""
+
+    rank: int
+    world: int
+    device: str
+    model: Path | None
+    """The pretrained checkpoint's directory, if there is one."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case for one implementation, named so that it can be found inside a rank."""
+
+    case: Case
+    implementation: str
+
+
+@dataclass(frozen=True)
+class RankAnswer:
+    """What one rank gave."""
+
+    shards: list[Shard]
+    seconds: float
+    refused: str | None = None
+    units: str = ""
+    """`layer` where the implementation declares the units of S7, so that its layout can be foretold."""
+
+
+class Pools:
+    """One pool a world size. Use as a context manager: leaving it leaves no process behind."""
+
+    def __init__(self, *, device: str = "cpu", model: Path | None = None) -> None:
+        os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(_PRELOADED))
+        self._options = {"device": device, "model": model}
+        self._pools: dict[int, Workers] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self._pools.values():
+            pool.kill()
+
+    def run(self, job: Job, *, seconds: float) -> list[RankAnswer]:
+        """Run a job on every rank of its world.
+
+        Raises:
+            CaseFailed: a rank raised, died or hung; the message names it.
+        """
+        world = job.case.world
+        if world not in self._pools:
+            self._pools[world] = Workers(rank_main, world, context=self._context, options=self._options)
+        return self._pools[world].call(job, seconds=seconds)
+
+
+def rank_main(seat: Seat) -> None:
+    """A rank's life: join the process group, then run jobs."""
+    prepare(seat)
+    import torch  # noqa: PLC0415 - only a rank loads torch
+
+    torch.set_num_threads(1)
+    device = seat.options["device"]
+    if device == "cuda":
+        torch.cuda.set_device(seat.rank % torch.cuda.device_count())
+    torch.distributed.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{seat.meeting_place}",
+        rank=seat.rank,
+        world_size=seat.world,
+        timeout=dt.timedelta(seconds=_COLLECTIVE_SECONDS),
+    )
+    place = Place(seat.rank, seat.world, device, seat.options["model"])
+    serve(seat, lambda job: _run(job, place))
+
+
+def _run(job: Job, place: Place) -> RankAnswer:
+    from parity.implementations.registry import resolve  # noqa: PLC0415 - loads what the subject needs, here
+
+    start = time.monotonic()
+    implementation = resolve(job.implementation)
+    refused = implementation.refuses(job.case)
+    if refused:
+        return RankAnswer([], time.monotonic() - start, refused)
+    shards = [dataclasses.replace(shard, rank=place.rank) for shard in implementation.run(job.case, place)]
+    return RankAnswer(shards, time.monotonic() - start, units=getattr(implementation, "units", ""))

@@ -1,0 +1,166 @@
+"""Results are a stream: a header, a record a case, a footer. All else (terminal, files, exit status) is derived.
+
+A stream without its footer is incomplete, and says so. `--json` writes it whole, in the form of `results.schema.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from parity.case import Case
+from parity.check import Check
+from parity.shard import describe_index
+
+SCHEMA = 1
+Status = Literal["passed", "failed", "skipped", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseResult:
+    """What became of one case under one implementation."""
+
+    case: Case
+    implementation: str
+    status: Status
+    seconds: float
+    checks: tuple[Check, ...] = ()
+    reason: str = ""
+    """Why it was skipped, or what went wrong before there was anything to check."""
+    looks_like: str = ""
+    """The known bug that the failure resembles, if any."""
+
+    @property
+    def counted(self) -> tuple[Check, ...]:
+        """The checks that could have failed."""
+        return tuple(check for check in self.checks if not check.vacuous)
+
+
+@dataclass
+class Results:
+    """The stream, as it grows."""
+
+    environment: dict[str, str]
+    tier: str
+    cases: list[CaseResult] = field(default_factory=list)
+    seconds: float | None = None
+    """Set by the footer; None while the stream is incomplete."""
+
+    @property
+    def failed(self) -> int:
+        """How many cases fell short: failed checks or errors."""
+        return sum(result.status in {"failed", "error"} for result in self.cases)
+
+    @property
+    def checks(self) -> int:
+        """Non-vacuous checks."""
+        return sum(len(result.counted) for result in self.cases)
+
+    def unproven_clauses(self) -> list[str]:
+        """Clauses that some case claims and no non-vacuous check bears on."""
+        claimed = {clause for result in self.cases if result.status != "skipped" for clause in result.case.clauses}
+        shown = {clause for result in self.cases if result.counted for clause in result.case.clauses}
+        return sorted(claimed - shown)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the run may exit 0: complete, nothing fell short, something was checked, no clause left bare."""
+        return self.seconds is not None and not self.failed and self.checks > 0 and not self.unproven_clauses()
+
+    def summary(self) -> dict[str, Any]:
+        """The counts."""
+        by_clause: Counter[str] = Counter()
+        by_link: Counter[str] = Counter()
+        for result in self.cases:
+            by_link[result.case.link] += len(result.counted)
+            by_clause.update({clause: len(result.counted) for clause in result.case.clauses})
+        every = [check for result in self.cases for check in result.checks]
+        ratios = [check.ratio for check in every if check.ratio is not None and check.mode in {"bound", "norm"}]
+        return {
+            "cases": len(self.cases),
+            "checks": self.checks,
+            "vacuous": sum(bool(check.vacuous) for check in every),
+            "failed": self.failed,
+            "skipped": sum(result.status == "skipped" for result in self.cases),
+            "worst_ratio": max(ratios, default=None),
+            "unproven_clauses": self.unproven_clauses(),
+            "by_link": dict(by_link),
+            "by_clause": dict(sorted(by_clause.items())),
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """The whole stream in the stable form."""
+        return {
+            "schema": SCHEMA,
+            "environment": self.environment,
+            "tier": self.tier,
+            "complete": self.seconds is not None,
+            "seconds": self.seconds,
+            "summary": self.summary(),
+            "cases": [_case_as_json(result) for result in self.cases],
+        }
+
+
+def _case_as_json(result: CaseResult) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "id": result.case.id,
+        "link": result.case.link,
+        "implementation": result.implementation,
+        "world": result.case.world,
+        "clauses": list(result.case.clauses),
+        "seconds": round(result.seconds, 4),
+        "status": result.status,
+        "checks": [_check_as_json(check) for check in result.checks],
+    }
+    entry |= {"reason": result.reason} if result.reason else {}
+    entry |= {"looks_like": result.looks_like} if result.looks_like else {}
+    return entry
+
+
+def _check_as_json(check: Check) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "tensor": check.tensor,
+        "kind": check.kind,
+        "step": check.step,
+        "rank": check.rank,
+        "index": describe_index(check.index),
+        "mode": check.mode,
+        "worst": _finite(check.worst),
+        "limit": _finite(check.limit),
+        "ratio": check.ratio,
+        "passed": check.passed,
+    }
+    entry |= {"vacuous": check.vacuous} if check.vacuous else {}
+    if check.evidence:
+        evidence = check.evidence
+        entry["evidence"] = {"at": list(evidence.at), "got": _finite(evidence.got), "want": _finite(evidence.want)}
+    return entry
+
+
+def _finite(number: float) -> float | None:
+    """JSON has no infinity and no NaN; both become null."""
+    return number if abs(number) < float("inf") else None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write aside and rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as aside:
+        json.dump(content, aside, indent=1, allow_nan=False)
+    Path(aside.name).replace(path)
+
+
+def worst_of(checks: Iterable[Check]) -> list[Check]:
+    """Failed checks, those furthest off first."""
+    return sorted((check for check in checks if not check.passed), key=lambda check: -(check.ratio or float("inf")))
+
+
+def default_folder() -> Path:
+    """Where `make parity` writes."""
+    return Path(os.environ.get("DORA_PARITY_RESULTS", "results"))
