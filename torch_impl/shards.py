@@ -46,7 +46,7 @@ class _Place:
     shape: tuple[int, ...]
     index: tuple[slice, ...]
     owner: nn.Parameter  # what the optimizer was given
-    cut: slice | None  # this parameter's range in a flat owner; None where the owner is the parameter itself
+    cut: slice | None  # the range of the flattened owner that is this parameter's; None where it isn't flattened
     unit_gradient: bool  # whether an empty part belongs to a unit that has gradients
 
 
@@ -74,7 +74,7 @@ def local_shards(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
 def _shard(place: _Place, kind: str, tensor: Tensor) -> LocalShard:
     """The part of `tensor` that `place` names."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    part = local.detach() if place.cut is None else local.detach()[place.cut]
+    part = local.detach() if place.cut is None else local.detach().reshape(-1)[place.cut]
     return LocalShard(place.name, kind, place.shape, place.index, part)
 
 
@@ -116,7 +116,8 @@ def _flat_places(model: nn.Module) -> Iterator[_Place]:
             continue
         flat = handle.flat_param
         members = flat._params if handle._use_orig_params else [flat] * len(flat._fqns)
-        has_gradient = any(member.grad is not None for member in members)
+        held = [member for member in members if member.numel()]
+        has_gradient = any(m.grad is not None for m in held) or (not held and handle.sharded_grad is not None)
         for position, owner in enumerate(members):
             info, numel = flat._shard_param_infos[position], flat._numels[position]
             start, stop, cut = _ranges(info)
@@ -125,7 +126,8 @@ def _flat_places(model: nn.Module) -> Iterator[_Place]:
                 shape=tuple(flat._shapes[position]),
                 index=(slice(start, stop),),
                 owner=owner,
-                cut=None if handle._use_orig_params else cut,
+                # whole (not even flat) at world size 1, where torch doesn't shard
+                cut=slice(None) if handle._use_orig_params else cut,
                 unit_gradient=has_gradient and numel > 0 and start == stop,
             )
 

@@ -16,7 +16,7 @@ def test_s3_one_hot_gradient_is_the_slice_of_the_unsharded_one(pools: Pools, wor
     answers = pools.run(world, "onehot:run", strategy=strategy, case=TABLE[name])
 
     assert [a["evidence"].differing for a in answers] == [[]] * world
-    assert all(a["evidence"].non_zero > 0 for a in answers)
+    assert sum(a["evidence"].non_zero for a in answers) > 0
 
 
 @pytest.mark.parametrize("strategy", ["fsdp1", "fsdp1-orig", "fsdp2"])
