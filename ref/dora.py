@@ -58,7 +58,7 @@ def weight_norm(V_OK: Float[Array, "O *K"]) -> Float[Array, " O"]:
     neither overflow nor underflow, so that n_i is 0 only if every V_ik is. (XLA on CPU reads subnormal numbers as 0.)
     It is differentiable, with gradient 0 at a row of zeros; the layer holds it constant all the same (D5).
     """
-    V_OK = V_OK.reshape(V_OK.shape[0], -1)
+    V_OK = V_OK.reshape(V_OK.shape[0], math.prod(V_OK.shape[1:]))
     V_OK = _at_least(V_OK, jnp.dtype(jnp.float32))
 
     power_O = _power_of_two(jnp.max(jnp.abs(V_OK), axis=1, initial=0))
@@ -71,7 +71,7 @@ def weight_norm(V_OK: Float[Array, "O *K"]) -> Float[Array, " O"]:
 
 def zero_rows(V_OK: Float[Array, "O *K"]) -> Bool[Array, " O"]:
     """D7: which output rows hold nothing but zeros, and therefore never train; count them beforehand."""
-    return jnp.all(V_OK.reshape(V_OK.shape[0], -1) == 0, axis=1)
+    return jnp.all(V_OK.reshape(V_OK.shape[0], math.prod(V_OK.shape[1:])) == 0, axis=1)
 
 
 def factored_weight_norm(
