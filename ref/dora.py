@@ -141,6 +141,7 @@ def initial_magnitude(
 def ratio(m_O: Float[Array, " O"], n_O: Float[Array, " O"]) -> Float[Array, " O"]:
     """D7: `c = m / n` by rows, and 0 where n is 0, with neither value nor gradient ever 0/0.
 
+    With the magnitude that D6 gives, and B still 0, every other ratio is exactly 1 (D12).
     The inner `where` keeps the division defined, the outer one discards its result: the gradient of a discarded finite
     number is 0, that of a discarded NaN would be NaN.
     """

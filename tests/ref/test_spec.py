@@ -1,0 +1,96 @@
+"""SPEC.md keeps its promises: every clause is whole, names functions that exist, and has a test that names it."""
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOM = Path(importlib.import_module("ref").__file__).parent
+SPECIFIED = [
+    *(["D1", "D2", "D3", "D4", "D5", "D6", "D7", "D8", "D10", "D11", "D12", "D13", "G1", "G2"]),
+    *(["Q1", "Q2", "Q3", "Q4", "Q5", "Q6", "Q7", "S1", "S2", "S3", "S4", "S5", "S6", "S7", "S8", "S11", "T3"]),
+]
+LINES = ["Equation", "Reason", "Differs", "Function", "Cases"]
+HEADING = re.compile(r"^### (?P<clause>[DGQST]\d+) [A-Z].*$")
+
+
+def clauses() -> dict[str, str]:
+    """The text under each heading of the third level, by the heading's first word."""
+    text, _, _ = (ROOM / "SPEC.md").read_text(encoding="utf-8").partition("\n## Later")
+    parts = re.split(r"^### ", text, flags=re.MULTILINE)[1:]
+    return {part.split()[0]: re.split(r"^## ", part, flags=re.MULTILINE)[0] for part in parts}
+
+
+CLAUSES = clauses()
+EACH = pytest.mark.parametrize("clause", SPECIFIED)
+
+
+def functions(clause: str) -> list[str]:
+    """The import paths on a clause's `Function:` line."""
+    (line,) = re.findall(r"^Function: (.*)$", CLAUSES[clause], flags=re.MULTILINE)
+    return re.findall(r"`([\w.]+)`", line)
+
+
+def resolve(path: str) -> object:
+    """What an import path names."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def test_the_clauses_are_those_that_are_specified() -> None:
+    """No clause is missing, doubled, or there without being promised."""
+    headings = re.findall(r"^### (\S+)", (ROOM / "SPEC.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+    assert headings == SPECIFIED
+
+
+@EACH
+def test_headings_are_well_formed(clause: str) -> None:
+    """A heading is an identifier and a name."""
+    heading = "### " + CLAUSES[clause].splitlines()[0]
+
+    assert HEADING.match(heading)
+
+
+@EACH
+def test_clauses_are_whole(clause: str) -> None:
+    """A clause has a statement, then its five lines, each once and in this order."""
+    labels = re.findall(r"^([A-Z][a-z]+): ", CLAUSES[clause], flags=re.MULTILINE)
+    statement = CLAUSES[clause].partition("\nEquation:")[0].splitlines()[1:]
+
+    assert labels == LINES
+    assert any(statement)
+
+
+@EACH
+def test_functions_exist(clause: str) -> None:
+    """Every function that a clause names can be imported and called."""
+    named = functions(clause)
+
+    assert named
+    assert all(callable(resolve(path)) for path in named)
+
+
+@EACH
+def test_functions_cite_their_clause(clause: str) -> None:
+    """At least one function that a clause names says so in its docstring."""
+    documented = [resolve(path).__doc__ or "" for path in functions(clause)]
+
+    assert any(re.search(rf"\b{clause}\b", text) for text in documented)
+
+
+@EACH
+def test_cases_are_those_that_declare_the_clause(clause: str) -> None:
+    """The suite finds a clause's cases by the clause itself."""
+    assert f"Cases: `clause:{clause}`" in CLAUSES[clause]
+
+
+@EACH
+def test_clauses_have_a_test(clause: str) -> None:
+    """At least one test of this folder carries the clause in its name."""
+    sources = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("test_*.py"))]
+    names = [node.name for text in sources for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+
+    assert any(name.startswith(f"test_{clause.lower()}_") for name in names)
