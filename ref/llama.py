@@ -300,7 +300,7 @@ def loss(
     config: LlamaConfig,
     *,
     weights_BS: Float[Array, "B S"] | None = None,
-    total: float | None = None,
+    total: float | int | None = None,  # noqa: PYI041 - checked at run time, where an int is no float
     adapters: Mapping[str, Adapter] | None = None,
     scaling: float = 1.0,
 ) -> Float[Array, ""]:
