@@ -4,7 +4,14 @@ model = apply_dora(model, DoraConfig(rank=8, alpha=16, quant="nf4"))
 model = shard_model(model, ShardConfig(strategy="fsdp2"))
 for shard in local_shards(model): shard.name, shard.kind, shard.global_shape, shard.index, shard.tensor
 """
+# ruff: noqa: E402 - the logger must be told before anything imports bitsandbytes
 
+import logging
+
+# It warns that an optional kernel for its own layer is absent; that layer is never run here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+from torch_impl.adapter_files import load_adapter, merge_adapter, save_adapter
 from torch_impl.config import DoraConfig, QuantConfig, ShardConfig
 from torch_impl.errors import DoraError
 from torch_impl.inject import apply_dora
@@ -23,6 +30,9 @@ __all__ = [
     "QuantConfig",
     "ShardConfig",
     "apply_dora",
+    "load_adapter",
     "local_shards",
+    "merge_adapter",
+    "save_adapter",
     "shard_model",
 ]

@@ -1,6 +1,6 @@
 """What a user declares: the adapter (`DoraConfig`), the four-bit storage (`QuantConfig`), the sharding (`ShardConfig`).
 
-Clauses: D1 scaling, D11 dtypes, Q1 and Q3 storage, S6, S7. All three are frozen and refuse bad values when they are made.
+Clauses: D1 scaling, D11 dtypes, Q1 and Q3 storage, S6, S7. All three are frozen, and refuse bad values when made.
 """
 
 import math
@@ -77,7 +77,7 @@ class DoraConfig:
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise RankError(f"rank {self.rank!r} is not a positive integer", hint="use rank=8, say")
-        if not math.isfinite(self.alpha) or self.alpha == 0:
+        if not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha) or self.alpha == 0:
             raise ScalingError(
                 f"alpha {self.alpha!r} gives no usable scaling", hint="use a finite alpha other than 0, say 2 * rank"
             )
@@ -113,7 +113,7 @@ class ShardConfig:
     strategy: Strategy = "fsdp2"
     """`fsdp1` is torch's FSDP, `fsdp1-orig` the same with `use_orig_params=True`, `fsdp2` is `fully_shard`."""
     param_dtype: torch.dtype | None = None
-    """What frozen dense weights, norms and embeddings are gathered as; never adapters (D11), never packed bytes (S6)."""
+    """What dense weights, norms and embeddings are gathered as; never adapters (D11), never packed bytes (S6)."""
     reduce_dtype: torch.dtype | None = None
     """What gradients of anything but adapters are reduced in; adapters reduce in float32 (D11)."""
 

@@ -1,6 +1,6 @@
 """The errors of this room: one class for each thing that can be wrong, each with a hint that says the mend.
 
-Clauses: D1, D4, D7, Q7, S6, S7, C3. Everything here derives from `DoraError`, so one `except` catches what this package refuses.
+Clauses: D1, D4, Q7, S6, S7, C1, C3. All derive from `DoraError`, so one `except` catches what this package refuses.
 """
 
 

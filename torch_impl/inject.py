@@ -36,7 +36,7 @@ def apply_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
         NonFiniteError: a target's weight or bias holds NaN or infinity.
         DtypeError: a target's dtype can't be computed in, and no `compute_dtype` was given.
     """
-    names = list(_target_names(model, config))
+    names = list(target_names(model, config))
     targets = [model.get_submodule(name) for name in names]
     for name, linear in zip(names, targets, strict=True):
         _refuse(name, linear, config)
@@ -56,8 +56,7 @@ def dora_linear(linear: nn.Linear, config: DoraConfig, *, name: str = "") -> Dor
     base = _base(linear, config.quant_config, name=f"{name}.weight")
     if config.compute_dtype is None and base.dtype not in COMPUTE_DTYPES:
         raise DtypeError(f"{name}.weight is {base.dtype}", hint=f"set compute_dtype to one of {COMPUTE_DTYPES}")
-    dora = DoraLinear(base, linear.bias, rank=config.rank, scaling=config.scaling, compute_dtype=config.compute_dtype)
-    return dora.train(linear.training)
+    return DoraLinear(base, linear.bias, config).train(linear.training)
 
 
 def _base(linear: nn.Linear, config: QuantConfig | None, *, name: str) -> DenseBase | PackedBase:
@@ -78,7 +77,7 @@ def _linear4bit_config(linear: Linear4bit) -> QuantConfig:
     return QuantConfig(weight.quant_type, weight.blocksize, weight.compress_statistics, weight.quant_storage)
 
 
-def _target_names(model: nn.Module, config: DoraConfig) -> Iterator[str]:
+def target_names(model: nn.Module, config: DoraConfig) -> Iterator[str]:
     """The full names of the targets, aliases included.
 
     Raises:
@@ -111,7 +110,7 @@ def _matches(name: str, wanted: str | Collection[str]) -> bool:
 def _output_embedding(model: nn.Module) -> nn.Module | None:
     """The layer that makes logits, which "all-linear" leaves alone."""
     find: Any = getattr(model, "get_output_embeddings", None)
-    return find() if callable(find) else None
+    return None if find is None else find()
 
 
 def _refuse(name: str, module: nn.Module, config: DoraConfig) -> None:

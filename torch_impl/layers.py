@@ -3,15 +3,17 @@
 Axes: T tokens, O output features, I input features, R adapter rank.
 Clauses: D2, D3, D5 to D8, D11, D12, G, S7, S8.
 
-With ``c = m / n`` and ``y0 = x W' + s (x A') B'`` the layer is ``y = c * y0 + b``. Under FSDP a rank holds ``ceil(R / world)`` rows of A
-and ``ceil(O / world)`` of B, m and W (fsdp2), or one contiguous range of the flattened three (fsdp1):
+With ``c = m / n`` and ``y0 = x W' + s (x A') B'`` the layer is ``y = c * y0 + b``. Under FSDP a rank holds
+``ceil(R / world)`` rows of A and ``ceil(O / world)`` of B, m and W (fsdp2), or one contiguous range of A, B, m
+flattened, and another of W (fsdp1):
 
     forward   all-gather A, B, m (float32)  ->  all-gather W (or its bytes)  ->  y = c * (x W' + s h B') + b,  h = x A'
     dgrad     all-gather both again         ->  H = G * c,  dx = H W + s (H B) A
     wgrad     no further gather             ->  dm = sum_t(G * y0) / n,  dB = s H' h,  dA = s (H B)' x
               reduce-scatter (mean) of dA, dB, dm in float32
 
-S8: all of it runs inside the forward of the base, the one place where the base's weight is whole; the adapter's tensors are handed to it.
+S8: all of it runs inside the forward of the base, the one place where the base's weight is whole; the adapter's tensors
+are handed to it.
 """
 
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from torch_impl import quant
+from torch_impl.config import DoraConfig
 from torch_impl.errors import MagnitudeRangeError, ShardingError, StorageError
 from torch_impl.norm import ratio, weight_norm
 
@@ -43,8 +46,8 @@ class Arithmetic:
 class DoraProduct(torch.autograd.Function):
     """y = c * (x W' + s (x A') B') + b with n held constant (D5); the backward pass is the closed form (G).
 
-    It keeps x and y0 (in the compute dtype), h = x A', c, n, and references to A, B and the stored weight; it decodes that weight once
-    in each direction, and the only temporary of W's size is the decoded weight itself.
+    It keeps x and y0 (in the compute dtype), h = x A', c, n, and references to A, B and the stored weight. It decodes
+    that weight once in each direction; the only temporary of W's size is the decoded weight.
     """
 
     @staticmethod
@@ -64,11 +67,11 @@ class DoraProduct(torch.autograd.Function):
                 y_TO += bias_O
         ctx.save_for_backward(x_TI, h_TR, y0_TO, c_O, n_O, A_RI, B_OR, stored)
         ctx.arithmetic, ctx.x_shape, ctx.x_dtype = arithmetic, x.shape, x.dtype
-        return y_TO.to(x.dtype).reshape(*x.shape[:-1], -1)
+        return y_TO.to(x.dtype).reshape(*x.shape[:-1], y_TO.shape[-1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """G: dx in x's dtype; dA, dB, dm in float32."""
         x_TI, h_TR, y0_TO, c_O, n_O, A_RI, B_OR, stored = ctx.saved_tensors
         dtype, scaling = ctx.arithmetic.compute_dtype, ctx.arithmetic.scaling
@@ -114,7 +117,7 @@ class DenseBase(nn.Module):
 
 
 class PackedBase(nn.Module):
-    """A frozen weight in four bits: opaque bytes (n, 1) in their own FSDP unit, the quant state whole on every rank (S6)."""
+    """A frozen weight in four bits: opaque bytes (n, 1), a unit of their own; every rank has the quant state (S6)."""
 
     def __init__(self, stored: Tensor, state: dict[str, Tensor], packed_format: quant.PackedFormat) -> None:
         super().__init__()
@@ -175,29 +178,20 @@ class DoraLinear(nn.Module):
     Args:
         base: the frozen weight, `DenseBase` or `PackedBase`.
         bias: the frozen bias (O), or None (D8: added after scaling, never scaled).
-        rank: R.
-        scaling: s of D1.
-        compute_dtype: what the layer multiplies in; None is the base's dtype.
+        config: rank, scaling and compute dtype (None is the base's dtype); its targets and storage play no part here.
     """
 
-    def __init__(
-        self,
-        base: DenseBase | PackedBase,
-        bias: Tensor | None,
-        *,
-        rank: int,
-        scaling: float,
-        compute_dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, base: DenseBase | PackedBase, bias: Tensor | None, config: DoraConfig) -> None:
         super().__init__()
         self.out_features, self.in_features = base.format.shape if isinstance(base, PackedBase) else base.weight.shape
-        self.scaling = scaling
-        self.compute_dtype = compute_dtype or base.dtype
+        self.config = config
+        self.scaling = config.scaling
+        self.compute_dtype = config.compute_dtype or base.dtype
         self.base = base
         self.bias = None if bias is None else FrozenBias(bias)
         device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=device))
+        self.lora_A = nn.Parameter(torch.empty(config.rank, self.in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.rank, dtype=torch.float32, device=device))
         self.magnitude = nn.Parameter(torch.empty(self.out_features, dtype=torch.float32, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
         self.reset_magnitude()
@@ -234,9 +228,21 @@ class DoraLinear(nn.Module):
             raise MagnitudeRangeError(f"the norm of row {row} is beyond float32", hint="rescale the weight")
         self.magnitude.copy_(n_O)
 
+    @torch.no_grad()
+    def merged_weight(self) -> Float[Tensor, "O I"]:
+        """D10: c * V by rows, in float32, of the weight the forward multiplies by."""
+        return self.base(self._merge, self.lora_A, self.lora_B, self.magnitude)
+
+    def _merge(self, base: DenseBase | PackedBase, A_RI: Tensor, B_OR: Tensor, m_O: Tensor) -> Tensor:
+        """Run by the base, in its forward."""
+        W_OI = base.decode(base.weight, dtype=self.compute_dtype)
+        c_O = ratio(m_O, weight_norm(W_OI, A_RI, B_OR, scaling=self.scaling))
+        V_OI = torch.addmm(W_OI.float(), B_OR, A_RI, alpha=self.scaling)
+        return V_OI * c_O[:, None]
+
     def extra_repr(self) -> str:
         """What the constructor was told."""
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.lora_A.shape[0]}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.config.rank}, "
             f"scaling={self.scaling}, compute_dtype={self.compute_dtype}"
         )

@@ -7,15 +7,20 @@ The factored form, in float32::
 
     n_i^2 = |W_i|^2 + s <2 (W A')_i + s (B A A')_i, B_i>
 
-By Cauchy and Schwarz its absolute terms sum to at most ``S_i = (|W_i| + t_i)^2`` with ``t_i = |s| sum_k |B_ik| |A_k|``: whatever
-the float32 kernels do, n_i^2 is off by at most g S_i, where g is the relative error of a float32 sum of squares of that length.
-A row keeps the fast result only where all three hold; every other row is formed in float64 (`_direct_rows`):
+By Cauchy and Schwarz its absolute terms sum to at most ``S_i = (|W_i| + t_i)^2``, ``t_i = |s| sum_k |B_ik| |A_k|``:
+whatever order the float32 kernels take, n_i^2 is off by at most g S_i, g being the relative error of a float32 sum of
+squares of that length. A row keeps the fast result only where all three of these hold, and any other row is formed in
+float64 (`_direct_rows`):
 
-- `CONDITION`: ``S_i <= 4 n_i^2``. The root halves a relative error, so n_i is off by at most 2 g: one bit more than the plain norm
-  of a row. It holds wherever t_i is at most a third of |W_i|, since then n_i >= |W_i| - t_i >= (|W_i| + t_i) / 2.
-- `CEILING`: ``S_i < 2^120``; no partial sum exceeds S_i by more than its rounding, so nothing overflowed (float32 ends at 2^128).
-- floor: products below 2^-126 may be flushed, one in each multiplication. That loses at most
-  ``2^-126 (I + 2 R) (1 + |s| + b_i)^2`` with ``b_i = |s| sum_k |B_ik|``; n_i^2 must be 2^24 times as much, so the loss is under half an ulp.
+- `CONDITION`: ``S_i <= 4 n_i^2``. A root halves relative errors, so n_i is off by at most 2 g: two bits more than the
+  plain norm of a row. It holds where t_i <= |W_i| / 3, since n_i >= |W_i| - t_i >= (|W_i| + t_i) / 2 there: an adapter
+  that moves a row by less than a third of its norm costs no float64.
+- `CEILING`: ``S_i < 2^120``. No partial sum exceeds S_i by more than its rounding, so nothing overflowed (2^128).
+- the floor: a product below 2^-126 may be flushed to zero. All of them together lose at most
+  ``2^-126 (I + 2 R) (1 + |s| + b_i)^2`` with ``b_i = |s| sum_k |B_ik|``; n_i^2 must be 2^24 times that, so that the
+  loss is below half an ulp.
+
+So the fast form's range is norms from some 1e-13 (for |s| and b_i near 1 and I in the thousands) to 1e18.
 """
 
 from collections.abc import Iterator
@@ -59,14 +64,16 @@ def _factored(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, *, scaling: float) -> tu
     reach_O = 1 + abs(scaling) + abs(scaling) * B_OR.abs().sum(dim=1)
     floor_O = FLUSHED * (A_RI.shape[1] + 2 * A_RI.shape[0]) * reach_O.square()
     # a comparison with NaN is false, so that poisoned intermediate terms go to the float64 rows as well
-    trusted_O = (CONDITION * squared_O >= terms_O) & (terms_O < CEILING) & (squared_O >= floor_O)
+    trusted_O = (
+        (CONDITION * squared_O >= terms_O) & (torch.maximum(terms_O, squared_O) < CEILING) & (squared_O >= floor_O)
+    )
     return squared_O, trusted_O
 
 
 def _direct_rows(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, *, scaling: float) -> Tensor:
     """D3 in float64, rows of V formed a block at a time; 0 only where every V_ij is 0 (D4).
 
-    float32 factors make products from 2^-298 to 2^256 before s: their squares stay inside float64 for any s in [2^-200, 2^200].
+    Products of float32 factors lie between 2^-298 and 2^256; with s in [2^-200, 2^200] their squares stay in range.
     """
     tiniest = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps
     A64_RI = A_RI.double()
@@ -90,7 +97,8 @@ def weight_norm(
         scaling: s of D1.
 
     Returns:
-        n, float32 (O): within a few ulps of the float64 norm for every finite row that float32 can hold, and 0 exactly where the row is 0.
+        n, float32 (O): within a few ulps of the float64 norm on every row whose norm float32 can hold, and 0 exactly
+        where the row of V is 0.
     """
     squared_O, trusted_O = _factored(W_OI, A_RI, B_OR, scaling=scaling)
     norm_O = squared_O.sqrt()

@@ -3,10 +3,11 @@
 Axes: O output features, I input features. `packed` is (n, 1) of the storage dtype, `bytes` uint8.
 Clauses: Q1 blocks, Q3 pack and padding, Q4 decode, Q6 nested, Q7 non-finite, S6 opaque bytes.
 
-bitsandbytes quantises to uint8 here, always; we pad the bytes to the storage's item size and *view* them (it would raise where they
-don't divide, Q3). The view is cut back before decoding, so that padding never reaches the decoder.
+Weights are always quantised to uint8; the bytes are then padded to the storage's item size and *viewed* (bitsandbytes
+would raise where they don't divide, Q3). The view is cut back before decoding: padding never reaches the decoder.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -115,12 +116,12 @@ def decode(stored: Tensor, tensors: dict[str, Tensor], packed_format: PackedForm
         )
     bytes_N1 = stored.view(torch.uint8).reshape(-1, 1)[: packed_format.nbytes]
     state = _quant_state(tensors, packed_format, dtype=dtype)
-    # the reshape undoes bitsandbytes' transpose of a tensor whose packed form has a single row
-    return bnb.dequantize_4bit(bytes_N1, quant_state=state).reshape(packed_format.shape)
+    W_N = bnb.dequantize_4bit(bytes_N1, quant_state=state)
+    return W_N.flatten()[: math.prod(packed_format.shape)].reshape(packed_format.shape)
 
 
 def _quant_state(tensors: dict[str, Tensor], packed_format: PackedFormat, *, dtype: torch.dtype) -> bnb.QuantState:
-    """bitsandbytes' own state object, made of our buffers."""
+    """The state object that bitsandbytes decodes with, made of our buffers."""
     nested = None
     if packed_format.nested_blocksize is not None:
         nested = bnb.QuantState(
@@ -131,7 +132,7 @@ def _quant_state(tensors: dict[str, Tensor], packed_format: PackedFormat, *, dty
         )
     return bnb.QuantState(
         absmax=tensors["absmax"],
-        shape=torch.Size(packed_format.shape),
+        shape=torch.Size([2 * packed_format.nbytes]),
         code=tensors["code"],
         blocksize=packed_format.blocksize,
         quant_type=packed_format.quant_type,

@@ -1,20 +1,24 @@
 """`shard_model`: cut a model with DoRA layers into FSDP units, the same units under every strategy.
 
-Words. A *unit* is a set of parameters that is gathered and freed together, around one module's forward and backward. A *flat
-parameter* (FSDP1) is a unit's members flattened and concatenated; a rank's *shard* is its part. *Resharding* frees what was gathered.
-The *wire* is what collectives carry: its dtype may differ from that of the shards (`param_dtype`), never for adapters or bytes.
+Words. A *unit* is a set of parameters that is gathered and freed together, around one module's forward and backward.
+A *flat parameter* (FSDP1) is a unit's members flattened and concatenated; a rank's *shard* is its part. *Resharding*
+frees what was gathered. The *wire* is what collectives carry: its dtype may differ from the shards' (`param_dtype`),
+but never for adapters or packed bytes.
 
 The rule of the units (S7), named "base, bias, adapter, block, root". S2's layouts depend on it:
 
-    DoraLinear.base      the frozen weight, or its packed bytes            wire: param_dtype if dense, opaque if packed (S6)
-    DoraLinear.bias      the frozen bias, if any                           wire: its own dtype
-    DoraLinear           lora_A, lora_B, magnitude, in this order          wire: float32, parameters and gradients (D11)
-    a block              what is left of each member of a ModuleList that holds DoRA layers: its norms     wire: param_dtype
-    the model            what is left: embeddings, last norm, output head  wire: param_dtype
+    unit               members                                               wire
+    DoraLinear.base    the frozen weight, or its packed bytes                param_dtype if dense, else opaque (S6)
+    DoraLinear.bias    the frozen bias, if any                               its own dtype
+    DoraLinear         lora_A, lora_B, magnitude, in this order              float32, gradients as well (D11)
+    a block            what is left of a ModuleList's member that holds      param_dtype
+                       DoRA layers: its norms
+    the model          what is left: embeddings, last norm, output head      param_dtype
 """
 
 import warnings
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from torch import distributed, nn
@@ -30,6 +34,7 @@ from torch.distributed.fsdp import (
 from torch_impl.config import ShardConfig
 from torch_impl.errors import ShardingError, StorageError
 from torch_impl.layers import DoraLinear
+from torch_impl.shards import is_sharded
 
 Wrap = Callable[..., nn.Module]
 
@@ -56,8 +61,8 @@ def shard_model(model: nn.Module, config: ShardConfig) -> nn.Module:
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, DoraLinear)]
     # 1. Bases and biases, so that frozen members (and other dtypes) never share a unit with the adapter.
     for name, layer in layers:
-        cast = config.param_dtype if layer.base.storage is None else None
-        _replace(model, f"{name}.base", wrap, param_dtype=cast, cast_inputs=False)
+        wire = config.param_dtype if layer.base.storage is None else None
+        _replace(model, f"{name}.base", wrap, param_dtype=wire, cast_inputs=False)
         if layer.bias is not None:
             _replace(model, f"{name}.bias", wrap, param_dtype=None, cast_inputs=False)
     # 2. Adapters, with no policy at all: float32 on the wire both ways.
@@ -87,7 +92,7 @@ def _fully_shard(model: nn.Module, config: ShardConfig) -> Wrap:
         policy = MixedPrecisionPolicy(
             param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=cast_inputs
         )
-        return fully_shard(module, mesh=mesh, mp_policy=policy)
+        return cast("nn.Module", fully_shard(module, mesh=mesh, mp_policy=policy))
 
     return wrap
 
@@ -155,7 +160,7 @@ def _refuse(model: nn.Module, config: ShardConfig) -> None:
     """What can't be sharded is refused before anything is wrapped."""
     if not (distributed.is_available() and distributed.is_initialized()):
         raise ShardingError("there is no process group", hint="call torch.distributed.init_process_group first")
-    if any(_is_unit(module) for module in model.modules()):
+    if is_sharded(model):
         raise ShardingError("the model is sharded already", hint="call shard_model once")
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, DoraLinear)]
     if not layers:
@@ -171,7 +176,7 @@ def _refuse_storage(name: str, layer: DoraLinear, config: ShardConfig) -> None:
         if param_dtype not in (None, layer.base.dtype, layer.compute_dtype):
             raise ShardingError(
                 f"param_dtype {param_dtype} would change {name}.base.weight, computed in {layer.compute_dtype}",
-                hint=f"use DoraConfig(compute_dtype={param_dtype}), so that the magnitude starts from what the forward uses (D6)",
+                hint=f"use DoraConfig(compute_dtype={param_dtype}): m starts from the weight that is used (D6)",
             )
         return
     if storage.is_floating_point and param_dtype not in (None, storage):

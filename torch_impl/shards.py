@@ -2,17 +2,20 @@
 
 Clauses: S1 (fsdp2: slices along dim 0), S2 (fsdp1: one range of the row-major flattening), S7.
 
-The only file that reads private attributes of torch. They are, all of FSDP1:
+The only file that reads private attributes of torch. They are, all of FSDP1's:
 
-    FullyShardedDataParallel._handle                     the unit's flat parameter with its life cycle; None for a unit without parameters
-    handle.flat_param, handle.sharded_grad, handle._use_orig_params
-    flat_param._fqns, ._shapes, ._numels                 each member's name below its unit, its shape, its size
-    flat_param._shard_param_infos                        each member's range in this rank's shard, and the range of it that this is
-    flat_param._params                                   with use_orig_params: the member's own parameter object (a view of the shard)
+    FullyShardedDataParallel._handle   the life cycle of the unit's flat parameter; None for a unit without parameters
+    handle._use_orig_params            whether members keep parameter objects of their own
+    handle.flat_param, .sharded_grad   this rank's shard of the unit, and of its gradient
+    flat_param._fqns, ._shapes         each member's name below its unit, and its whole shape
+    flat_param._shard_param_infos      where a member lies in this rank's shard, and which range of the member that is
+    flat_param._params                 with use_orig_params: the members' own parameters, views of the shard
 """
+# ruff: noqa: SLF001 - the one file that looks into torch; its docstring lists what it reads
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +61,8 @@ def local_shards(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
         optimizer: one built from the sharded model's parameters; its tensors of the parameter's size are yielded too.
 
     Yields:
-        Shards in the order of the model's modules; empty ones as well. Tensors share memory with the model: copy what must last.
+        Shards in the order of the model's modules; empty ones as well. Tensors share the model's memory: copy what must
+        last.
     """
     for place in _places(model):
         yield _shard(place, "parameter", place.owner.detach())
@@ -69,6 +73,11 @@ def local_shards(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
             yield _shard(place, "gradient", place.owner.detach())
         for key, value in _state(optimizer, place.owner).items():
             yield _shard(place, f"optimizer:{key}", value)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a strategy holds any part of the model."""
+    return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
 
 
 def _shard(place: _Place, kind: str, tensor: Tensor) -> LocalShard:
@@ -115,24 +124,23 @@ def _flat_places(model: nn.Module) -> Iterator[_Place]:
         if handle is None:
             continue
         flat = handle.flat_param
-        members = flat._params if handle._use_orig_params else [flat] * len(flat._fqns)
+        members: Any = flat._params if handle._use_orig_params else [flat] * len(flat._fqns)
         held = [member for member in members if member.numel()]
         has_gradient = any(m.grad is not None for m in held) or (not held and handle.sharded_grad is not None)
         for position, owner in enumerate(members):
-            info, numel = flat._shard_param_infos[position], flat._numels[position]
-            start, stop, cut = _ranges(info)
+            start, stop, cut = _ranges(flat._shard_param_infos[position])
             yield _Place(
-                name=_unwrapped(f"{prefix}.{flat._fqns[position]}"),
+                name=unwrapped_name(f"{prefix}.{flat._fqns[position]}"),
                 shape=tuple(flat._shapes[position]),
                 index=(slice(start, stop),),
                 owner=owner,
                 # whole (not even flat) at world size 1, where torch doesn't shard
                 cut=slice(None) if handle._use_orig_params else cut,
-                unit_gradient=has_gradient and numel > 0 and start == stop,
+                unit_gradient=has_gradient and start == stop,
             )
 
 
-def _ranges(info: object) -> tuple[int, int, slice]:
+def _ranges(info: Any) -> tuple[int, int, slice]:
     """A member's range in itself (half open), and the range of the shard that holds it."""
     if not info.in_shard:
         return 0, 0, slice(0, 0)
@@ -140,6 +148,6 @@ def _ranges(info: object) -> tuple[int, int, slice]:
     return start, start + size, slice(offset, offset + size)
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped_name(name: str) -> str:
     """The name without FSDP1's wrappers."""
     return ".".join(part for part in name.split(".") if part and part != _WRAPPER)

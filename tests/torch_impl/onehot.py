@@ -76,21 +76,19 @@ def build(case: Stack) -> nn.Module:
     net = Net(case).to(case.model_dtype)
     with torch.no_grad():
         for layer in net.layers:
-            layer.weight[list(row for row in case.zero_rows if row < layer.weight.shape[0])] = 0
-    net = apply_dora(
-        net, DoraConfig(rank=case.rank, alpha=5, quant=case.quant, compute_dtype=case.compute_dtype)
-    )
+            layer.weight[[row for row in case.zero_rows if row < layer.weight.shape[0]]] = 0
+    net = apply_dora(net, DoraConfig(rank=case.rank, alpha=5, quant=case.quant, compute_dtype=case.compute_dtype))
     with torch.no_grad():
         for layer in net.layers:
             layer.lora_B.normal_(std=0.05)
-            layer.lora_B[list(row for row in case.zero_rows if row < layer.lora_B.shape[0])] = 0
+            layer.lora_B[[row for row in case.zero_rows if row < layer.lora_B.shape[0]]] = 0
             layer.reset_magnitude()
             layer.magnitude.mul_(1 + 0.1 * torch.rand_like(layer.magnitude))
     return net
 
 
 def batch(case: Stack, *, step: int, owner: int) -> tuple[Tensor, Tensor]:
-    """x and G of one rank at one step."""
+    """Give x and G of one rank at one step."""
     generator = torch.Generator().manual_seed(1000 * step + owner)
     x = torch.randn(case.tokens, case.sizes[0], generator=generator)
     G = torch.randn(case.tokens, case.sizes[-1], generator=generator)
@@ -110,7 +108,9 @@ def run(*, rank: int, world: int, strategy: str, case: Stack) -> dict[str, Any]:
     """One-hot steps with each rank hot in turn: gradients, momenta and parameters against the unsharded ones."""
     whole = build(case)
     sharded = shard_model(build(case), ShardConfig(strategy=strategy, param_dtype=case.param_dtype))
-    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.05, momentum=0.9) for m in (whole, sharded)]
+    optimizers = [
+        torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.05, momentum=0.9) for m in (whole, sharded)
+    ]
     evidence = Evidence()
     for step in range(max(case.steps, world)):
         hot = step % world
@@ -126,7 +126,9 @@ def run(*, rank: int, world: int, strategy: str, case: Stack) -> dict[str, Any]:
     return {"evidence": evidence, "held": {(s.name, s.kind): s.tensor.numel() for s in shards}}
 
 
-def _compare(evidence: Evidence, whole: nn.Module, sharded: nn.Module, optimizers: list, *, kinds: tuple[str, ...]) -> None:
+def _compare(
+    evidence: Evidence, whole: nn.Module, sharded: nn.Module, optimizers: list, *, kinds: tuple[str, ...]
+) -> None:
     """Every shard of these kinds against the unsharded model's, and the same names on both sides."""
     wanted = {(s.name, s.kind): s.tensor for s in local_shards(whole, optimizers[0]) if s.kind in kinds}
     got = {(s.name, s.kind): s for s in local_shards(sharded, optimizers[1]) if s.kind in kinds}

@@ -1,7 +1,7 @@
 """A pool of gloo ranks that stays up: `pools.run(world, "module:function", ...)` calls a function on every rank.
 
-The function gets `rank` and `world` and the keywords given; its result comes back per rank. A rank that raises, dies or takes
-longer than TIMEOUT seconds fails the call with its traceback, and its pool is thrown away.
+The function gets `rank` and `world` and the keywords given; its result comes back per rank. A rank that raises, dies or
+takes longer than TIMEOUT seconds fails the call with its traceback, and its pool is thrown away.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT = 90.0
-_PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "bitsandbytes"]
+_PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "torch_impl"]
 
 
 class RankFailedError(AssertionError):

@@ -1,4 +1,4 @@
-"""S1, S2, S3 with a one-hot rank: what a rank holds is the slice of the unsharded result, bit for bit, on Gaussian data."""
+"""S1, S2, S3 with a one-hot rank: a rank holds the slice of the unsharded result, bit for bit, on Gaussian data."""
 
 import pytest
 from onehot import Stack, cases
@@ -11,7 +11,9 @@ pytestmark = pytest.mark.distributed
 @pytest.mark.parametrize("name", TABLE)
 @pytest.mark.parametrize("strategy", ["fsdp1", "fsdp1-orig", "fsdp2"])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_s3_one_hot_gradient_is_the_slice_of_the_unsharded_one(pools: Pools, world: int, strategy: str, name: str) -> None:
+def test_s3_one_hot_gradient_is_the_slice_of_the_unsharded_one(
+    pools: Pools, world: int, strategy: str, name: str
+) -> None:
     """Each rank's gradients, momenta and parameters are the slices of the unsharded ones over the world size."""
     answers = pools.run(world, "onehot:run", strategy=strategy, case=TABLE[name])
 

@@ -1,0 +1,276 @@
+"""Adapters as PEFT's two files, from any strategy; and plain layers again.
+
+Clauses: C1 (names and configuration), C3 (safetensors only), C4 (whole tensors only), D10 merge, S12.
+
+    adapter_model.safetensors   base_model.model.NAME.lora_A.weight (R, I), .lora_B.weight (O, R),
+                                .lora_magnitude_vector (O)
+    adapter_config.json         r, lora_alpha, target_modules, use_rslora, use_dora, ...
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, distributed, nn
+
+from torch_impl.config import DoraConfig, QuantConfig
+from torch_impl.errors import AdapterFileError, ShardingError
+from torch_impl.inject import apply_dora, target_names
+from torch_impl.layers import DoraLinear
+from torch_impl.quant import refuse_non_finite
+from torch_impl.shards import LocalShard, is_sharded, local_shards, unwrapped_name
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+_SUFFIXES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+# what PEFT can say and this package doesn't do: each must hold nothing
+_UNSUPPORTED = (
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "layers_to_transform",
+    "layer_replication",
+    "lora_dropout",
+)
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """C1: write the adapter as PEFT's files; called by every rank, written by rank 0, whole or not at all.
+
+    Args:
+        model: with DoRA layers, sharded by any strategy or not at all.
+        folder: made where it is missing. Both files are written aside and renamed, the configuration last.
+
+    Raises:
+        AdapterFileError: no DoRA layer, layers of unequal configuration, or the files can't be written (on every rank).
+    """
+    config = _peft_config(model)
+    tensors = {PREFIX + _file_name(name): tensor for name, tensor in _whole_adapter(model)}
+    writes = not distributed.is_initialized() or distributed.get_rank() == 0
+    problem = _write(Path(folder), tensors, config) if writes else None
+    if _anywhere(problem is not None):
+        raise AdapterFileError(
+            f"{folder} can't be written: {problem or 'see rank 0'}", hint="mend the folder and save again"
+        )
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    quant: Literal["nf4"] | QuantConfig | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """C1: apply the configuration found in `folder`, then its weights; every name and shape is checked before either.
+
+    Args:
+        model: the base model, unsharded and without DoRA layers; it is changed in place.
+        folder: with PEFT's two files.
+        quant: how to store the base weights, which PEFT's files don't say.
+        compute_dtype: what the layers multiply in, likewise.
+
+    Returns:
+        The same model with DoRA layers.
+
+    Raises:
+        AdapterFileError: a file is missing or truncated, is no DoRA adapter, or disagrees with the model.
+        NonFiniteError: a tensor of the adapter holds NaN or infinity.
+    """
+    config = _read_config(Path(folder) / CONFIG, quant=quant, compute_dtype=compute_dtype)
+    shapes = _expected_shapes(model, config)
+    tensors = _read_tensors(Path(folder) / WEIGHTS, shapes)
+    model = apply_dora(model, config)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            model.get_parameter(name).copy_(tensor)
+    return model
+
+
+@torch.no_grad()
+def merge_adapter(model: nn.Module) -> nn.Module:
+    """D10: plain linear layers with weight c * V, formed in float32 and rounded once to the base weight's dtype.
+
+    A packed base yields a dense weight: re-quantising is another, lossy operation. The model is changed in place.
+
+    Raises:
+        ShardingError: the model is sharded.
+    """
+    if is_sharded(model):
+        raise ShardingError(
+            "a sharded model can't be merged", hint="save_adapter, then load_adapter on an unsharded model"
+        )
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, DoraLinear):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, _merged(layer))
+    return model
+
+
+def _merged(layer: DoraLinear) -> nn.Linear:
+    """One layer as a plain linear."""
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    weight = layer.merged_weight().to(layer.base.dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.value.detach().clone(), requires_grad=False)
+    return linear.train(layer.training)
+
+
+def _layers(model: nn.Module) -> dict[str, DoraLinear]:
+    """The DoRA layers by their name in the unwrapped model."""
+    return {unwrapped_name(name): layer for name, layer in model.named_modules() if isinstance(layer, DoraLinear)}
+
+
+def _peft_config(model: nn.Module) -> dict[str, Any]:
+    """What PEFT reads; targets are full names, so that no other model's layers can match by accident."""
+    layers = _layers(model)
+    configs = {(c.rank, c.alpha, c.rank_stabilized) for c in (layer.config for layer in layers.values())}
+    if len(configs) != 1:
+        raise AdapterFileError(
+            f"{len(configs)} adapter configurations in one model", hint="save a model that apply_dora made"
+        )
+    rank, alpha, rank_stabilized = configs.pop()
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "use_rslora": rank_stabilized,
+        "use_dora": True,
+        "target_modules": sorted(layers),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def _file_name(name: str) -> str:
+    """PEFT's name of a parameter of ours."""
+    layer, _, leaf = name.rpartition(".")
+    return f"{layer}.{_SUFFIXES[leaf]}"
+
+
+def _whole_adapter(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """C4: every adapter tensor whole, by name, on the CPU; a collective of all ranks where the model is sharded."""
+    names = {f"{layer}.{leaf}" for layer in _layers(model) for leaf in _SUFFIXES}
+    sharded = is_sharded(model)
+    for shard in local_shards(model):
+        if shard.kind == "parameter" and shard.name in names:
+            yield shard.name, (_gathered(shard) if sharded else shard.tensor.clone()).cpu().contiguous()
+
+
+def _gathered(shard: LocalShard) -> Tensor:
+    """The whole tensor, bit for bit: each rank puts its part into zeros, and the bits are summed as integers."""
+    whole = torch.zeros(shard.global_shape, dtype=torch.float32, device=shard.tensor.device)
+    flat = len(shard.index) == 1
+    (whole.view(-1) if flat else whole)[shard.index[0] if flat else shard.index] = shard.tensor
+    distributed.all_reduce(whole.view(torch.int32))
+    return whole
+
+
+def _anywhere(here: bool) -> bool:
+    """Whether it is so on any rank."""
+    if not distributed.is_initialized():
+        return here
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    flag = torch.tensor(int(here), dtype=torch.int32, device=device)
+    distributed.all_reduce(flag)
+    return bool(flag)
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> OSError | None:
+    """Write both files aside and rename them; the problem, if there is one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as aside:
+            save_file(tensors, Path(aside) / WEIGHTS, metadata={"format": "pt"})
+            (Path(aside) / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            for name in (WEIGHTS, CONFIG):
+                (Path(aside) / name).replace(folder / name)
+    except (OSError, SafetensorError) as problem:
+        return OSError(str(problem))
+    return None
+
+
+def _read_config(path: Path, **own: Any) -> DoraConfig:
+    """The adapter's configuration; what can't be honoured is refused, never dropped."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as problem:
+        raise AdapterFileError(
+            f"{path} can't be read: {problem}", hint="give the folder that save_adapter or PEFT wrote"
+        ) from None
+    if not isinstance(found, dict) or found.get("peft_type") != "LORA" or not found.get("use_dora"):
+        raise AdapterFileError(
+            f"{path} describes no DoRA adapter", hint='it needs "peft_type": "LORA" and "use_dora": true'
+        )
+    for key in _UNSUPPORTED:
+        if found.get(key):
+            hint = "outside training it changes nothing: set it to 0" if key == "lora_dropout" else "it isn't supported"
+            raise AdapterFileError(f"{path} sets {key} to {found[key]!r}", hint=hint)
+    missing = {"r", "lora_alpha", "target_modules"} - found.keys()
+    if missing:
+        raise AdapterFileError(f"{path} lacks {', '.join(sorted(missing))}", hint="write it again")
+    return DoraConfig(
+        rank=found["r"],
+        alpha=found["lora_alpha"],
+        target_modules=found["target_modules"],
+        rank_stabilized=bool(found.get("use_rslora")),
+        **own,
+    )
+
+
+def _expected_shapes(model: nn.Module, config: DoraConfig) -> dict[str, tuple[int, ...]]:
+    """Every adapter tensor that the model would have, with its shape."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in target_names(model, config):
+        linear = model.get_submodule(name)
+        shapes[f"{name}.lora_A"] = (config.rank, linear.in_features)
+        shapes[f"{name}.lora_B"] = (linear.out_features, config.rank)
+        shapes[f"{name}.magnitude"] = (linear.out_features,)
+    return shapes
+
+
+def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """C3: the tensors by our names, their headers checked before any is read."""
+    try:
+        with safe_open(path, "pt") as file:
+            keys = {_own_name(key): key for key in file.keys()}  # noqa: SIM118 - it is no mapping
+            _refuse_names(path, set(keys), set(shapes))
+            for name, key in keys.items():
+                found = tuple(file.get_slice(key).get_shape())
+                if found != shapes[name]:
+                    raise AdapterFileError(
+                        f"{key} in {path} is {found}, the model needs {shapes[name]}",
+                        hint="use the model it was made for",
+                    )
+            tensors = {name: file.get_tensor(key) for name, key in keys.items()}
+    except (OSError, SafetensorError) as problem:
+        raise AdapterFileError(f"{path} can't be read: {problem}", hint="save or copy the adapter again") from None
+    for name, tensor in tensors.items():
+        refuse_non_finite(tensor, f"{name} in {path}")
+    return tensors
+
+
+def _own_name(key: str) -> str:
+    """Our name of a tensor in PEFT's file; PEFT's older spellings are understood."""
+    name = key.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".default")
+    layer, _, leaf = name.rpartition(".")
+    return f"{layer}.magnitude" if leaf == "lora_magnitude_vector" else name
+
+
+def _refuse_names(path: Path, found: set[str], wanted: set[str]) -> None:
+    """The file must hold every adapter tensor of the model, and nothing else."""
+    for what, names in (("lacks", wanted - found), ("has, beyond the model,", found - wanted)):
+        if names:
+            some = ", ".join(sorted(names)[:3])
+            raise AdapterFileError(f"{path} {what} {len(names)} tensors: {some}", hint="use the model it was made for")
