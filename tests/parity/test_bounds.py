@@ -11,6 +11,7 @@ import torch
 from parity import bounds
 from parity.bounds import BFLOAT16_COMPUTE, FLOAT32, FLOAT64, Tracked, difference, exact, limit, propagate
 from parity.bounds import tracked as tr
+from parity.bounds.layers import Adapter, forward, prepare
 from parity.bounds.stack import relu_backward
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -178,6 +179,36 @@ def test_d13_norm_without_its_guard_exceeds_the_bound():
     error = np.abs(square.clamp_min(0).sqrt().double().numpy() - predicted.value)
 
     assert np.mean(error > limit(predicted)) > 0.5
+
+
+def test_d13_factored_norm_is_allowed_until_ten_bits_cancel():
+    """The bound of n covers the factored form while its terms are below 2^10 n^2, and only the direct one beyond."""
+    layers, _, _ = gaussian(4, shapes=((64, 64),))
+    A, B = layers[0].lora_A, layers[0].lora_B
+    delta = np.linalg.norm(2 * B @ A, axis=1)
+    unit_rows = np.random.default_rng(0).standard_normal((64, 64))
+    unit_rows *= (delta / np.linalg.norm(unit_rows, axis=1))[:, None]
+
+    # |terms| is about 4 ||2BA||^2: a remainder of 2^-3 leaves 2^8 of them, one of 2^-5 leaves 2^12
+    below, above = (
+        limit(bounds.weight_norm(exact(r * unit_rows - 2 * B @ A), exact(A), exact(B), scaling=2.0, unit=U))
+        / (r * delta)
+        for r in (2.0**-3, 2.0**-5)
+    )
+
+    assert np.all(below > above)
+
+
+def test_adapter_error_reaches_the_output():
+    """An error of A alone, n and c held, widens the output."""
+    layers, x, _ = gaussian(1)
+    adapter = Adapter(*(exact(getattr(layers[0], name)) for name in TENSORS))
+    sure = prepare(exact(layers[0].weight), adapter, scaling=2.0, precision=FLOAT32)
+    unsure = replace(sure, lora_A=tr.stirred(sure.lora_A, np.full(sure.lora_A.shape, 1e-10)))
+
+    (_, narrow), (_, wide) = (forward(layer, exact(x)) for layer in (sure, unsure))
+
+    assert np.all(wide.variance > narrow.variance)
 
 
 def test_d7_zero_rows_are_exact():

@@ -109,13 +109,14 @@ def test_every_product_of_control_flow_draws_noise():
     assert products == kept == draws == 5
 
 
-def test_each_element_is_perturbed_by_at_most_the_unit():
-    """A product moves, in every element, by at most unit times itself."""
+def test_each_element_is_perturbed_both_ways_by_at_most_the_unit():
+    """A product moves, in every element, up or down, by at most unit times itself."""
     a = jnp.arange(1.0, 10.0).reshape(3, 3)
 
     moved = noisy(jnp.matmul, unit=1e-3)(jax.random.key(1), a, a) / (a @ a) - 1
 
     assert jnp.all(moved != 0)
+    assert jnp.min(moved) < 0 < jnp.max(moved)
     assert jnp.max(jnp.abs(moved)) <= 1e-3
 
 
