@@ -1,0 +1,445 @@
+"""Four-bit storage is bitsandbytes' format to the bit: tables, packing, decoding, both encoders, plain and nested."""
+
+from fractions import Fraction
+from itertools import pairwise
+
+import bitsandbytes.functional as bnb
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from ref import quant
+from ref.codebooks import DYNAMIC_CODE, NF4_CODE, NF4_OUTERMOST, nf4_from_quantiles
+from ref.quant import QuantizationError, decode, encode, pack, unpack
+from ref.types import NestedState, QuantState
+
+SHAPES = [(65, 66), (50, 96), (1, 64), (3, 5), (64, 576), (1, 1)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+FLOAT32_U = 2.0**-24
+
+of_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+of_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+plain_and_nested = pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+eager_and_jitted = pytest.mark.parametrize("run", [decode, jax.jit(decode)], ids=["eager", "jitted"])
+
+
+def weight(*shape, dtype=torch.float32, seed=1):
+    """Gaussian rows of very unequal sizes, so that scales differ."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.exp(torch.randn(shape[0], 1, generator=generator))
+    return (0.02 * rows * torch.randn(shape, generator=generator)).to(dtype)
+
+
+def as_numpy(tensor):
+    """The same bits."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def bnb_encode(tensor, *, nested):
+    """Packed bytes and state, as bitsandbytes has them."""
+    return bnb.quantize_4bit(tensor, blocksize=64, quant_type="nf4", compress_statistics=nested)
+
+
+def bnb_decode(packed, state, count):
+    """Its decoder, given the weight as one row: see `test_q1_its_avx512_decoder_takes_other_scales`."""
+    row = bnb.QuantState(
+        absmax=state.absmax,
+        shape=torch.Size((1, count)),
+        code=state.code,
+        blocksize=state.blocksize,
+        quant_type="nf4",
+        dtype=state.dtype,
+        offset=state.offset,
+        state2=state.state2,
+    )
+    return as_numpy(bnb.dequantize_4bit(packed, row)).reshape(-1)
+
+
+def ours(state):
+    """Its state as the reference's."""
+    inner = None
+    if state.state2 is not None:
+        s2 = state.state2
+        inner = NestedState(
+            absmax=jnp.asarray(s2.absmax.numpy()),
+            code=jnp.asarray(s2.code.numpy()),
+            offset=jnp.asarray(state.offset.numpy()),
+            blocksize=s2.blocksize,
+        )
+    return QuantState(
+        absmax=jnp.asarray(state.absmax.numpy()),
+        code=jnp.asarray(state.code.numpy()),
+        nested=inner,
+        blocksize=state.blocksize,
+        shape=tuple(state.shape),
+        dtype=str(state.dtype).removeprefix("torch."),
+    )
+
+
+def assert_same_bits(got, want):
+    """Every bit, the sign of zero included."""
+    got, want = np.ascontiguousarray(got).reshape(-1), np.ascontiguousarray(want).reshape(-1)
+    assert got.dtype == want.dtype
+    np.testing.assert_array_equal(got.view(f"u{got.itemsize}"), want.view(f"u{want.itemsize}"))
+
+
+def assert_encodes_as_bitsandbytes(tensor, *, nested):
+    """Bytes, scales, nested scales: all equal to the bit, its offset given."""
+    packed, state = bnb_encode(tensor, nested=nested)
+    offset = float(state.offset) if nested else None
+
+    got, got_state = encode(as_numpy(tensor), profile="bnb-cpu", nested=nested, offset=offset)
+
+    assert_same_bits(got, packed.numpy())
+    assert_same_bits(got_state.absmax, state.absmax.numpy())
+    if nested:
+        assert_same_bits(got_state.nested.absmax, state.state2.absmax.numpy())
+        assert_same_bits(got_state.nested.offset, state.offset.numpy())
+
+
+# --- Q2, Q6: tables ------------------------------------------------------------------------------------------------
+
+
+def test_q2_nf4_code_is_bitsandbytes_own():
+    """The 16 values are bitsandbytes' to the bit."""
+    assert_same_bits(NF4_CODE, bnb.get_4bit_type("nf4", device="cpu").numpy())
+
+
+def test_q2_nf4_code_comes_from_normal_quantiles():
+    """The derivation and the table agree within what seven digits of the outermost probability leave open."""
+    from statistics import NormalDist  # noqa: PLC0415 - here only
+
+    outermost = NormalDist().inv_cdf(NF4_OUTERMOST)
+    half_a_digit = 0.5e-7
+    left_open = half_a_digit / (NormalDist().pdf(outermost) * outermost)
+
+    assert np.max(np.abs(nf4_from_quantiles() - NF4_CODE)) < left_open
+
+
+@pytest.mark.skipif(CAPABILITY == "DEFAULT", reason="torch's linspace has no fused multiply-add here: another table")
+def test_q6_dynamic_map_is_bitsandbytes_own():
+    """The construction gives bitsandbytes' 256 values to the bit."""
+    assert_same_bits(DYNAMIC_CODE, bnb.create_dynamic_map().numpy())
+
+
+@pytest.mark.parametrize("code", [NF4_CODE, DYNAMIC_CODE], ids=["nf4", "dynamic"])
+def test_q5_middles_are_short_enough_for_exact_comparison(code):
+    """Every middle between neighbouring codes has at most 28 significant bits, as `nearest` supposes."""
+    for low, high in pairwise(code):
+        numerator = ((Fraction(float(low)) + Fraction(float(high))) / 2).numerator
+        assert abs(numerator).bit_length() <= 28
+
+
+# --- Q1, Q3: blocks and packing ------------------------------------------------------------------------------------
+
+
+def test_q3_element_0_is_the_high_nibble():
+    """Codes 1, 2 make the byte 0x12."""
+    assert pack(jnp.asarray([1, 2], jnp.uint8)).tolist() == [0x12]
+
+
+def test_q3_an_odd_count_is_filled_with_the_code_of_zero():
+    """The filler of the last nibble decodes to 0."""
+    assert pack(jnp.asarray([1, 2, 3], jnp.uint8)).tolist() == [0x12, 0x37]
+    assert NF4_CODE[quant.ZERO_NIBBLE] == 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64])
+def test_q3_unpack_undoes_pack(count):
+    """Every code comes back."""
+    q = jnp.arange(count, dtype=jnp.uint8) % 16
+
+    assert unpack(pack(q), count=count).tolist() == q.tolist()
+
+
+def test_q3_filler_bytes_are_sliced_off():
+    """Bytes that pad the storage to its item size do not reach the weight."""
+    packed, state = encode(as_numpy(weight(65, 66)))
+
+    padded = jnp.pad(packed, (0, 3), constant_values=255)
+
+    assert_same_bits(decode(padded, state), decode(packed, state))
+
+
+@pytest.mark.skipif(CAPABILITY != "AVX512", reason="only bitsandbytes' AVX-512 decoder does this")
+def test_q1_its_avx512_decoder_takes_other_scales():
+    """Where 16 divides `in` and 64 doesn't, bitsandbytes 0.50 restarts blocks at each row: a witness, not a rule.
+
+    Its encoder does not, so what it decodes is off by a third. As one row the same bytes decode well.
+    """
+    tensor = weight(50, 96)
+    packed, state = bnb_encode(tensor, nested=False)
+    by_rows = bnb.dequantize_4bit(packed, state).numpy()
+    as_one_row = bnb_decode(packed, state, tensor.numel()).reshape(50, 96)
+
+    off = [np.linalg.norm(got - tensor.numpy()) / np.linalg.norm(tensor.numpy()) for got in (by_rows, as_one_row)]
+
+    assert off[0] > 2 * off[1]
+
+
+# --- Q4: decoding --------------------------------------------------------------------------------------------------
+
+
+@eager_and_jitted
+@plain_and_nested
+@of_dtypes
+@of_shapes
+def test_q4_decode_is_bitwise(shape, dtype, nested, run):
+    """Decoding bitsandbytes' own bytes gives bitsandbytes' own weight, to the bit."""
+    packed, state = bnb_encode(weight(*shape, dtype=dtype), nested=nested)
+
+    got = run(jnp.asarray(packed.numpy()), ours(state))
+
+    assert got.shape == shape
+    assert_same_bits(got, bnb_decode(packed, state, got.size))
+
+
+@pytest.mark.parametrize("shape", [(65, 66), (3, 5), (64, 576)], ids=str)
+def test_q4_decode_is_bitwise_by_rows(shape):
+    """So it does where its own two-dimensional decoder reads the right scales."""
+    packed, state = bnb_encode(weight(*shape), nested=True)
+
+    assert_same_bits(decode(jnp.asarray(packed.numpy()), ours(state)), bnb.dequantize_4bit(packed, state).numpy())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_q4_another_dtype_is_one_cast(dtype):
+    """The target dtype is reached from the float32 product in one rounding."""
+    packed, state = encode(as_numpy(weight(8, 64)))
+
+    got = decode(packed, state, dtype=dtype)
+
+    assert_same_bits(got, np.asarray(decode(packed, state)).astype(dtype))
+
+
+def _sum(packed, state, addend):
+    return decode(packed, state) + addend
+
+
+def test_q4_no_fused_multiply_add():
+    """Compiled together with an addition, the decoded weight is rounded first."""
+    packed, state = encode(as_numpy(weight(256, 576)), nested=True)
+    addend = jnp.asarray(as_numpy(weight(256, 576, seed=2)))
+
+    assert_same_bits(jax.jit(_sum)(packed, state, addend), np.asarray(decode(packed, state)) + np.asarray(addend))
+
+
+def test_q4_no_fused_multiply_add_with_a_constant_state():
+    """Nor where the state is a constant of the compiled program."""
+    packed, state = encode(as_numpy(weight(256, 576)), nested=True)
+    addend = jnp.asarray(as_numpy(weight(256, 576, seed=2)))
+
+    got = jax.jit(lambda p, a: _sum(p, state, a))(packed, addend)
+
+    assert_same_bits(got, np.asarray(decode(packed, state)) + np.asarray(addend))
+
+
+def test_q4_a_plain_product_is_fused():
+    """The rounding is no idle precaution: without it XLA on CPU fuses. If this fails, `rounded_product` can go."""
+    a, b, c = (jnp.asarray(as_numpy(weight(576, seed=seed, dtype=torch.float32).reshape(-1))) for seed in (1, 2, 3))
+
+    fused = jax.jit(lambda a, b, c: a * b + c)(a, b, c)
+
+    assert not np.array_equal(fused, np.asarray(a) * np.asarray(b) + np.asarray(c))
+
+
+@pytest.mark.parametrize("b", [-2.0, -0.0, 0.0, 3.0])
+@pytest.mark.parametrize("a", [-1.5, -0.0, 0.0, 0.1])
+def test_q4_rounded_product_is_the_product(a, b):
+    """Sign and magnitude are the product's for factors of any sign, zeros too."""
+    a, b = jnp.full(1, a, jnp.float32), jnp.full(1, b, jnp.float32)
+
+    assert_same_bits(quant.rounded_product(a, b), np.asarray(a) * np.asarray(b))
+
+
+def test_q4_too_few_bytes_are_refused():
+    """Bytes or scales that cannot fill the shape are counted in the error."""
+    packed, state = encode(as_numpy(weight(65, 66)))
+
+    with pytest.raises(QuantizationError, match="2144 bytes came, the shape needs 2145"):
+        decode(packed[:-1], state)
+
+
+def test_q4_too_few_scales_are_refused():
+    """Likewise the scales."""
+    packed, state = encode(as_numpy(weight(65, 66)))
+    short = QuantState(state.absmax[:-1], state.code, None, state.blocksize, state.shape)
+
+    with pytest.raises(QuantizationError, match="67 scales came, the shape needs 68"):
+        decode(packed, short)
+
+
+# --- Q5: encoding --------------------------------------------------------------------------------------------------
+
+
+@plain_and_nested
+@of_dtypes
+@of_shapes
+def test_q5_bnb_cpu_is_bitwise(shape, dtype, nested):
+    """Bytes and scales are bitsandbytes' for every shape and dtype."""
+    assert_encodes_as_bitsandbytes(weight(*shape, dtype=dtype), nested=nested)
+
+
+@plain_and_nested
+@of_dtypes
+def test_q5_bnb_cpu_is_bitwise_on_many(dtype, nested):
+    """So they are for 100,000 values and more."""
+    assert_encodes_as_bitsandbytes(weight(179, 576, dtype=dtype), nested=nested)
+
+
+def ties(scale):
+    """Every middle between neighbouring codes times the scale, with its two float neighbours, in blocks of 64."""
+    middles = ((NF4_CODE[:-1].astype(np.float64) + NF4_CODE[1:]) / 2 * float(scale)).astype(np.float32)
+    values = np.concatenate([np.nextafter(middles, -np.inf), middles, np.nextafter(middles, np.inf)])
+    return np.concatenate([[scale], values, np.zeros(64 - 1 - len(values))]).astype(np.float32).reshape(1, 64)
+
+
+SCALES = [1.0, 0.7, 3.0, 0.02345, 1e30, 1e-30, 2.0**126, 2.0**-120]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_q5_bnb_cpu_breaks_ties_alike(scale):
+    """Every middle and its two neighbours, in blocks of many sizes, get bitsandbytes' codes."""
+    assert_encodes_as_bitsandbytes(torch.from_numpy(ties(np.float32(scale))), nested=False)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_q5_exact_takes_the_nearest_and_the_lower_of_two(scale):
+    """In rational arithmetic no code is nearer, and none as near is lower."""
+    values = ties(np.float32(scale))
+
+    packed, state = encode(values)
+
+    codes = [Fraction(float(c)) * Fraction(float(state.absmax[0])) for c in NF4_CODE]
+    want = [min(range(16), key=lambda k: (abs(codes[k] - Fraction(float(v))), k)) for v in values.reshape(-1)]
+    assert unpack(packed, count=64).tolist() == want
+
+
+def test_q5_exact_breaks_a_true_tie_downwards():
+    """Halfway between 0 and the next code is exactly representable, and gets the code of 0."""
+    values = np.array([[1.0, NF4_CODE[8] / 2]], np.float32)
+
+    assert encode(values)[0].tolist() == [0xF7]
+
+
+def test_q5_the_profiles_are_two():
+    """The reciprocal moves some value over a middle, so that the profiles are not one."""
+    values = np.concatenate([ties(np.float32(s)) for s in SCALES])
+
+    assert encode(values)[0].tolist() != encode(values, profile="bnb-cpu")[0].tolist()
+
+
+@plain_and_nested
+def test_q5_one_hot_blocks(nested):
+    """Blocks with one value, at each place, and a block of zeros are coded alike."""
+    values = torch.cat([torch.eye(64), -torch.eye(64), torch.zeros(1, 64)]) * 0.37
+
+    assert_encodes_as_bitsandbytes(values, nested=nested)
+
+
+def test_q5_zero_blocks():
+    """A block of zeros decodes to positive zeros; a short last one keeps the tiny scale that bitsandbytes gives it."""
+    assert_encodes_as_bitsandbytes(torch.zeros(3, 30), nested=False)
+
+    packed, state = encode(np.zeros((3, 30), np.float32), profile="bnb-cpu")
+
+    assert_same_bits(decode(packed, state), np.zeros((3, 30), np.float32))
+
+
+def test_q5_8_bit_codes_at_every_bin_border():
+    """Values around each border of a bin where the table changes get bitsandbytes' code, 64 steps of 2^-25 to either side."""
+    middles = (DYNAMIC_CODE[:-1] + DYNAMIC_CODE[1:]) / np.float32(2)
+    values = -1 + 2 * np.arange(quant.BINS) / (quant.BINS - 1)
+    changes = np.nonzero(np.diff(np.searchsorted(middles, values.astype(np.float32))))[0]
+    borders = ((changes + 0.5) / (quant.BINS - 1) * 2 - 1).astype(np.float32)
+    near = np.concatenate([borders + np.float32(step * 2.0**-25) for step in range(-64, 65)])
+    blocks = np.pad(near, (0, -len(near) % 255)).reshape(-1, 255)
+    residual = np.concatenate([np.ones((len(blocks), 1), np.float32), blocks], axis=1).reshape(-1)
+
+    want, _ = bnb.quantize_blockwise(torch.from_numpy(residual), blocksize=256)
+
+    scales = quant.block_absmax(residual, quant.NESTED_BLOCKSIZE)
+    assert_same_bits(quant._bnb_cpu_codes(residual, scales), want.numpy())
+
+
+@pytest.mark.parametrize("blocksize", [32, 128, 256])
+def test_q1_other_blocksizes(blocksize):
+    """The scales are those of blocks of any size that bitsandbytes has, the last one short."""
+    tensor = weight(7, 99)
+
+    got, got_state = encode(as_numpy(tensor), blocksize=blocksize, profile="bnb-cpu")
+
+    packed, state = bnb.quantize_4bit(tensor, blocksize=blocksize, quant_type="nf4")
+    assert_same_bits(got, packed.numpy())
+    assert_same_bits(got_state.absmax, state.absmax.numpy())
+
+
+# --- Q6: nested ----------------------------------------------------------------------------------------------------
+
+
+def test_q6_the_offset_is_the_mean():
+    """Not given, the offset is the mean of the scales, off bitsandbytes' by its float32 summation at most."""
+    tensor = weight(64, 576)
+    _, state = bnb_encode(tensor, nested=True)
+    _, plain = bnb_encode(tensor, nested=False)
+
+    _, got = encode(as_numpy(tensor), profile="bnb-cpu", nested=True)
+
+    terms = plain.absmax.numel()
+    rigorous = (terms + 1) * FLOAT32_U * float(plain.absmax.abs().double().mean())
+    assert abs(float(got.nested.offset) - float(state.offset)) <= rigorous
+
+
+@pytest.mark.parametrize("profile", ["exact", "bnb-cpu"])
+def test_q6_equal_scales_survive(profile):
+    """Where all scales are equal, nothing is left to code and they come back exactly."""
+    values = np.tile(np.linspace(-0.37, 0.37, 64, dtype=np.float32), (8, 1))
+
+    _, state = encode(values, profile=profile, nested=True)
+
+    assert_same_bits(quant.decode_absmax(state), np.full(8, 0.37, np.float32))
+
+
+def test_q6_exact_codes_are_the_nearest():
+    """No 8-bit code is nearer to a scale's residual than the one it gets."""
+    _, state = encode(as_numpy(weight(64, 576)), nested=True)
+    _, plain = encode(as_numpy(weight(64, 576)))
+    residual = np.asarray(plain.absmax) - np.asarray(state.nested.offset)
+    scale = np.repeat(np.asarray(state.nested.absmax), 256)[: len(residual)].astype(np.float64)
+
+    distance = np.abs(DYNAMIC_CODE[None, :] * scale[:, None] - residual[:, None])
+
+    np.testing.assert_array_equal(state.absmax, np.argmin(distance, axis=1))
+
+
+# --- Q7: refusals --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_q7_a_value_that_is_not_finite_is_named(bad):
+    """The first such value's index stands in the error."""
+    values = np.ones((4, 8), np.float32)
+    values[2, 3] = bad
+
+    with pytest.raises(QuantizationError, match=r"index \(2, 3\)"):
+        encode(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "said"),
+    [
+        pytest.param(np.ones((2, 2)), {}, "float64", id="float64"),
+        pytest.param(np.ones((0, 4), np.float32), {}, "empty", id="empty"),
+        pytest.param(np.ones((2, 2), np.float32), {"blocksize": 48}, "blocksize 48", id="blocksize"),
+    ],
+)
+def test_what_has_no_code_is_refused(values, options, said):
+    """Another dtype, nothing at all, or a blocksize of nobody's is named."""
+    with pytest.raises(QuantizationError, match=said):
+        encode(values, **options)
