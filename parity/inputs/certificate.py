@@ -16,6 +16,8 @@ from parity.errors import LatticeNotExact
 
 _FLOAT32_BITS = 24
 _BFLOAT16_BITS = 8
+BLOCK = 64
+"""Elements of a four-bit block (Q1)."""
 LARGEST_WORLD = 8
 """Each rank's cotangent carries the world size; one draw serves every world up to this one."""
 
@@ -134,7 +136,16 @@ def _absolute_layer(case: Case, arrays: dict[str, np.ndarray], position: int) ->
     norm = np.sqrt((V**2).sum(1))
     if np.any(np.frexp(norm[norm > 0])[0] != 0.5):  # noqa: PLR2004 - a power of two has mantissa 1/2
         raise LatticeNotExact(f"{case.id}: layer {position} has a norm that is no power of two")
+    if case.base == "nf4":
+        _require_equal_blocks(case, layer["weight"], position)
     layer["norm"] = norm
     layer["ratio"] = np.where(norm > 0, layer["magnitude"] / np.where(norm > 0, norm, 1.0), 0.0)
     layer.setdefault("bias", np.zeros(len(norm)))
     return {name: np.abs(value) for name, value in layer.items()}
+
+
+def _require_equal_blocks(case: Case, weight: np.ndarray, position: int) -> None:
+    """Every block's absmax is 1: then nested scales are all the mean, and decode to it exactly (Q6)."""
+    blocks = np.pad(np.abs(weight).ravel(), (0, -weight.size % BLOCK)).reshape(-1, BLOCK)
+    if np.any(blocks.max(axis=1) != 1):
+        raise LatticeNotExact(f"{case.id}: layer {position} has a block whose absmax is not 1")

@@ -1,0 +1,70 @@
+"""From the options to the cases that are meant."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol, get_args
+
+from parity.case import Case
+from parity.cases import TIERS, Tier, cases_of
+from parity.errors import CannotRun, NoCaseMatches, WorldNotInTier
+from parity.selection import compile_expression
+
+
+class Choice(Protocol):
+    """What the command line says of cases."""
+
+    tier: str
+    keep: str
+    world: str
+    seed: int
+
+
+def choose(choice: Choice) -> list[Case]:
+    """The cases of a tier that match the expression and the world sizes.
+
+    Raises:
+        CannotRun: an unknown tier, a world size that no case has, or nothing left.
+    """
+    cases = [dataclasses.replace(case, seed=choice.seed) for case in cases_of(_tier(choice.tier))]
+    worlds = _worlds(choice.world, cases)
+    matches = compile_expression(choice.keep) if choice.keep else lambda _: True
+    chosen = [case for case in cases if case.world in worlds and matches(case)]
+    if not chosen:
+        raise NoCaseMatches(
+            f"no case of the {choice.tier} tier matches -k {choice.keep!r} at world {choice.world or 'any'}",
+            hint="dora-parity list shows them",
+        )
+    return chosen
+
+
+def find(text: str, tier: str) -> Case:
+    """The one case of that identifier.
+
+    Raises:
+        NoCaseMatches: there is none.
+    """
+    for case in cases_of(_tier(tier)):
+        if case.id == text:
+            return case
+    raise NoCaseMatches(f"no case is called {text!r}", hint="dora-parity list shows the identifiers")
+
+
+def _tier(name: str) -> Tier:
+    if name not in TIERS:
+        raise CannotRun(f"--tier {name!r} is unknown", hint=f"one of {', '.join(get_args(Tier))}")
+    return name
+
+
+def _worlds(text: str, cases: list[Case]) -> set[int]:
+    known = {case.world for case in cases}
+    if not text:
+        return known
+    try:
+        asked = {int(part) for part in text.split(",")}
+    except ValueError:
+        raise CannotRun(f"--world {text!r} is no list of numbers", hint="as in --world 1,2,4") from None
+    if asked - known:
+        listed = ", ".join(map(str, sorted(known)))
+        raise WorldNotInTier(f"no case runs at world {min(asked - known)}", hint=f"this tier has worlds {listed}")
+    return asked

@@ -1,0 +1,111 @@
+"""The command line. Exit status: 0 all hold, 1 something fell short, 2 cannot run as asked, 130 interrupted."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from tyro.conf import Positional, arg
+from tyro.extras import SubcommandApp
+
+from parity.errors import CannotRun
+
+app = SubcommandApp()
+
+HOLDS, FELL_SHORT, CANNOT_RUN, INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which cases are meant."""
+
+    tier: Annotated[str, arg(metavar="{quick,full}")] = "quick"
+    """quick: two blocks of the pretrained network; full: all thirty besides, more shapes, world 8."""
+    keep: Annotated[str, arg(name="keep", aliases=["-k"], metavar="EXPR")] = ""
+    """Only cases that match: parts of identifiers or clauses, joined by and, or, not, ( )."""
+    world: Annotated[str, arg(metavar="N[,N...]")] = ""
+    """Only cases of these world sizes."""
+    seed: int = 0
+    """Changes every drawn number of the stacks and of the adapters."""
+
+
+@dataclass(frozen=True)
+class RunOptions(Selection):
+    """What to run, on what, and where to write it."""
+
+    impl: Annotated[tuple[str, ...], arg(metavar="NAME|module:Class"), tyro.conf.UseAppendAction] = ()
+    """What is put to the proof instead of torch_impl; may be given again."""
+    device: Annotated[str, arg(metavar="{cpu,cuda}")] = "cpu"
+    """Where the torch ranks compute."""
+    model: Path | None = None
+    """A Llama-family Hugging Face checkpoint to use instead of SmolLM2-135M."""
+    json: Path | None = None
+    """Write the whole results stream here."""
+    fail_fast: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Stop at the first case that falls short."""
+
+
+@app.command(name="run")
+def run(options: Annotated[RunOptions, tyro.conf.arg(name="")]) -> int:
+    """Run cases and say whether the proof holds.
+
+    Example: dora-parity run -k 'fsdp2 and nf4 and not pretrained' --json results.json
+    """
+    from parity.run import run_suite  # noqa: PLC0415 - `list` and `--help` should not wait for it
+
+    return run_suite(options, Console())
+
+
+@app.command(name="list")
+def list_cases(selection: Annotated[Selection, tyro.conf.arg(name="")]) -> int:
+    """List the cases that `run` would run, one a line, with their clauses."""
+    from parity.chosen import choose  # noqa: PLC0415
+
+    cases = choose(selection)
+    for case in cases:
+        print(f"{case.id}  [{' '.join(case.clauses)}]")  # noqa: T201 - the output of the command
+    print(f"{len(cases)} cases", file=sys.stderr)  # noqa: T201
+    return HOLDS
+
+
+@app.command(name="show")
+def show(case: Annotated[Positional[str], arg(metavar="CASE")], tier: str = "full") -> int:
+    """Show one case: every declared field, its inputs, and how to replay it. CASE is an identifier from `list`."""
+    from parity.chosen import find  # noqa: PLC0415
+    from parity.report.case_view import show_case  # noqa: PLC0415
+
+    show_case(find(case, tier), Console())
+    return HOLDS
+
+
+@app.command(name="mutants")
+def mutants(
+    only: Annotated[str, arg(aliases=["-k"], metavar="NAME")] = "",
+    json: Path | None = None,
+) -> int:
+    """Plant each known bug in torch_impl and require that named checks fail; one that survives fails the command."""
+    from parity.controls import run_mutants  # noqa: PLC0415
+
+    return run_mutants(only, json, Console())
+
+
+def main() -> None:
+    """Entry point: errors become one line, never a traceback."""
+    try:
+        status = app.cli(prog="dora-parity", description=__doc__)
+    except CannotRun as error:
+        print(f"dora-parity: {error}", file=sys.stderr)  # noqa: T201
+        status = CANNOT_RUN
+    except KeyboardInterrupt:
+        print("dora-parity: interrupted; every rank has been ended", file=sys.stderr)  # noqa: T201
+        status = INTERRUPTED
+    except BrokenPipeError:  # the reader of `list` has gone
+        status = HOLDS
+    sys.exit(status)
+
+
+__all__ = ["FELL_SHORT", "HOLDS", "RunOptions", "Selection", "field", "main"]

@@ -1,0 +1,93 @@
+"""The oracle of a pretrained network: the reference Llama in float64, and how far rounding noise moves each gradient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from parity.case import Case
+from parity.inputs.network import adapter_factors, predicted_tokens, sequences, starting_magnitude
+from parity.oracle.prediction import Prediction, Predictions
+from parity.oracle.sensitivity import FACTOR, responses, skip_reason
+from parity.oracle.stack import FACTORS
+from parity.oracle.weights import weight_used
+from ref import dora, llama
+from ref.types import Adapter
+
+_UNIT = 2.0**-24
+"""The unit roundoff of float32, which the networks compute in."""
+_SEEDS = tuple(range(4))
+"""Fixed: the root mean square of four responses; the factor of 32 is what covers their scatter (DESIGN)."""
+
+
+def predict_network(case: Case, model: Path) -> Predictions:
+    """The gradient of every adapter, with 32 times its sensitivity as the limit on the 2-norm of the difference."""
+    config = llama.LlamaConfig.from_json(model / "config.json")
+    parameters, adapters = _network(case, model, config)
+    tokens, targets, weights = _batch(case, model)
+    total, scaling = predicted_tokens(case, model), dora.scaling(case.alpha, case.rank)
+
+    def gradients(adapters: dict[str, Adapter], parameters: llama.Parameters) -> dict[str, Adapter]:
+        return jax.grad(
+            lambda adapters: llama.loss(
+                parameters,
+                tokens,
+                targets,
+                config,
+                weights_BS=weights,
+                total=total,
+                adapters=adapters,
+                scaling=scaling,
+            )
+        )(adapters)
+
+    exact, moved = responses(gradients, (adapters, parameters), unit=_UNIT, seeds=_SEEDS)
+    return {
+        (1, "gradient", f"{name}.{factor}"): _prediction(getattr(exact[name], factor), getattr(moved[name], factor))
+        for name in exact
+        for factor in FACTORS
+    }
+
+
+def _prediction(value: Array, response: float) -> Prediction:
+    gradient = np.asarray(value)
+    reason = skip_reason(response, float(np.linalg.norm(gradient))) or ""
+    return Prediction(value=gradient, limit=FACTOR * response, no_claim=reason)
+
+
+def _network(
+    case: Case, model: Path, config: llama.LlamaConfig
+) -> tuple[llama.Parameters, dict[str, Adapter]]:
+    """The network's weights as the forward uses them (D6), and the case's adapters, in float64."""
+    parameters = llama.read_checkpoint(model, dtype=jnp.float64, layers=case.blocks)
+    weights = llama.by_name(parameters)
+    adapters, used = {}, {}
+    for name in llama.linear_names(config, layers=case.blocks):
+        used[name] = weight_used(case, np.asarray(weights[f"{name}.weight"], dtype=np.float32))
+        adapters[name] = _adapter(case, name, used[name])
+    return llama.with_weights(parameters, used), adapters
+
+
+def _adapter(case: Case, name: str, weight: Array) -> Adapter:
+    """D6, then the pattern: the magnitude that both sides start from is a float32 number."""
+    fan_out, fan_in = weight.shape
+    lora_A, lora_B = (
+        jnp.asarray(factor, dtype=jnp.float64) for factor in adapter_factors(case, name, fan_in=fan_in, fan_out=fan_out)
+    )
+    norm = dora.initial_magnitude(weight, lora_A, lora_B, scaling=dora.scaling(case.alpha, case.rank))
+    magnitude = starting_magnitude(np.asarray(norm))
+    return Adapter(lora_A, lora_B, jnp.asarray(magnitude, dtype=jnp.float64))
+
+
+def _batch(case: Case, model: Path) -> tuple[Array, Array, Array]:
+    """Every rank's sequence as a row: inputs, next tokens, and weights that are zero on the padding."""
+    texts = sequences(case, model)
+    longest = max(len(text) for text in texts) - 1
+    rows = [np.pad(text, (0, longest + 1 - len(text))) for text in texts]
+    weights = [np.arange(longest) < len(text) - 1 for text in texts]
+    batch = jnp.asarray(np.stack(rows))
+    return batch[:, :-1], batch[:, 1:], jnp.asarray(np.stack(weights), dtype=jnp.float64)

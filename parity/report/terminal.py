@@ -1,0 +1,141 @@
+"""The terminal view: progress while it runs, then a verdict, then what broke. Plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from parity.check import Check
+from parity.environment import deviations
+from parity.results import CaseResult, Results, worst_of
+from parity.shard import describe_index
+
+LINK_WORDS = {
+    "algebra": "1 algebra     autodiff = closed form = differences = peft, in float64",
+    "shards": "2 shards      each rank holds the slice of the unsharded result",
+    "frameworks": "3 frameworks  unsharded torch matches the float64 oracle",
+    "training": "4 training    steps, accumulation, clipping, resume",
+    "controls": "5 controls    each planted bug makes a named check fail",
+}
+_SHOWN_CHECKS = 3
+_SHOWN_CASES = 12
+_PLAIN_EVERY = 25
+"""Without a terminal, a line of progress each so many cases."""
+
+
+def follow(results: Iterable[CaseResult], total: int, console: Console) -> Iterator[CaseResult]:
+    """Show progress as the results come; failures at once."""
+    return _follow_bar(results, total, console) if console.is_terminal else _follow_lines(results, total, console)
+
+
+def _follow_bar(results: Iterable[CaseResult], total: int, console: Console) -> Iterator[CaseResult]:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting the ranks", total=total)
+        for result in results:
+            progress.update(task, advance=1, description=escape(result.case.id))
+            if result.status in {"failed", "error"}:
+                progress.console.print(_headline(result))
+            yield result
+
+
+def _follow_lines(results: Iterable[CaseResult], total: int, console: Console) -> Iterator[CaseResult]:
+    for number, result in enumerate(results, 1):
+        if result.status in {"failed", "error"}:
+            console.print(_headline(result), soft_wrap=True)
+        if number % _PLAIN_EVERY == 0 or number == total:
+            console.print(f"{number}/{total} cases, at {escape(result.case.id)}", soft_wrap=True)
+        yield result
+
+
+def _headline(result: CaseResult) -> str:
+    what = result.reason or f"{sum(not check.passed for check in result.checks)} of {len(result.checks)} checks fail"
+    return f"[red]{result.status.upper()}[/] {escape(result.case.id)} [{escape(result.implementation)}]: {escape(what)}"
+
+
+def show(results: Results, console: Console) -> None:
+    """The whole view after a run: what broke first, the verdict last, where one looks."""
+    _show_failures(results, console)
+    _show_links(results, console)
+    _show_remarks(results, console)
+    console.print(verdict(results), soft_wrap=True)
+
+
+def verdict(results: Results) -> str:
+    """One sentence."""
+    summary = results.summary()
+    seconds = f"{results.seconds:.0f} s" if results.seconds is not None else "an unfinished run"
+    counts = (
+        f"{summary['cases']} cases, {summary['checks']} checks that could have failed"
+        f" ({summary['vacuous']} vacuous apart), {summary['failed']} failed, {summary['skipped']} skipped, {seconds}"
+    )
+    if results.holds:
+        return f"[bold green]HOLDS[/]: {counts}"
+    if results.seconds is None:
+        return f"[bold yellow]INCOMPLETE[/]: {counts}"
+    return f"[bold red]FALLS SHORT[/]: {counts}"
+
+
+def _show_failures(results: Results, console: Console) -> None:
+    broken = [result for result in results.cases if result.status in {"failed", "error"}]
+    for result in broken[:_SHOWN_CASES]:
+        console.print(f"\n{_headline(result)}", soft_wrap=True)
+        if result.looks_like:
+            console.print(f"  looks like [bold]{escape(result.looks_like)}[/]", soft_wrap=True)
+        for check in worst_of(result.checks)[:_SHOWN_CHECKS]:
+            console.print("  " + escape(describe_check(check, result)), soft_wrap=True)
+        console.print(f"  replay: dora-parity run -k '{escape(result.case.id)}'", soft_wrap=True)
+    if len(broken) > _SHOWN_CASES:
+        console.print(f"\n... and {len(broken) - _SHOWN_CASES} more cases; --json has them all")
+
+
+def describe_check(check: Check, result: CaseResult) -> str:
+    """The tensor, rank and index range that broke, the clauses, got and want."""
+    where = f"rank {check.rank}" if check.rank >= 0 else "all ranks"
+    line = f"{check.tensor} {check.kind}, step {check.step}, {where} {describe_index(check.index)}: {check.mode}"
+    if check.evidence:
+        evidence = check.evidence
+        line += f", at {list(evidence.at)} got {evidence.got:.9g}, want {evidence.want:.9g}"
+        if check.limit:
+            line += f", off by {check.worst:.3g}, limit {check.limit:.3g}"
+    return f"{line} (clauses {' '.join(result.case.clauses)})"
+
+
+def _show_links(results: Results, console: Console) -> None:
+    by_link = results.summary()["by_link"]
+    table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
+    table.add_column("link of the argument")
+    for heading in ("cases", "checks", "vacuous", "failed"):
+        table.add_column(heading, justify="right")
+    for link, words in LINK_WORDS.items():
+        cases = [result for result in results.cases if result.case.link == link]
+        if not cases:
+            continue
+        vacuous = sum(bool(check.vacuous) for result in cases for check in result.checks)
+        failed = sum(result.status in {"failed", "error"} for result in cases)
+        table.add_row(words, str(len(cases)), str(by_link.get(link, 0)), str(vacuous), str(failed))
+    console.print()
+    console.print(table)
+
+
+def _show_remarks(results: Results, console: Console) -> None:
+    reasons = Counter(result.reason for result in results.cases if result.status == "skipped")
+    for reason, count in reasons.items():
+        console.print(f"skipped {count}: {escape(reason)}", soft_wrap=True)
+    vacuous = Counter(check.vacuous for result in results.cases for check in result.checks if check.vacuous)
+    if vacuous:
+        listed = ", ".join(f"{count} {why}" for why, count in vacuous.most_common())
+        console.print(f"vacuous: {escape(listed)}", soft_wrap=True)
+    if results.unproven_clauses():
+        console.print(f"[red]no check bears on: {', '.join(results.unproven_clauses())}[/]", soft_wrap=True)
+    worst = results.summary()["worst_ratio"]
+    if worst is not None:
+        console.print(f"worst error: {worst:.3f} x its bound")
+    odd = deviations(results.environment)
+    if odd:
+        console.print(f"[yellow]not the recorded versions: {escape(', '.join(odd))}[/]", soft_wrap=True)
