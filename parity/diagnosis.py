@@ -43,7 +43,7 @@ def _resemblance(result: CaseResult, failed: list[Check]) -> str:
 
 
 def _factors(failed: list[Check]) -> list[float]:
-    """got / want of each failed gradient, by least squares; nothing where they are not proportional."""
+    """Got / want of each failed gradient, by least squares; nothing where they are not proportional."""
     factors = []
     for check in failed:
         if check.got is None or check.want is None or not check.want.size:

@@ -26,7 +26,9 @@ def describe(device: str) -> dict[str, str]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_field("model name"),
-        "isa": ", ".join(flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in _cpu_field("flags")),
+        "isa": ", ".join(
+            flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in _cpu_field("flags")
+        ),
         "device": device,
     }
 

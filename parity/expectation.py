@@ -37,7 +37,7 @@ def _against_oracle(case: Case, key: Key, prediction: Prediction) -> Expected:
         return Expected(value=prediction.value, mode="bits")
     if case.proof == "lattice":
         return Expected(value=_exactly_float32(case, key, prediction.value), mode="bitwise")
-    mode = "norm" if case.proof == "sensitivity" else "bound"
+    mode = "norm" if case.proof == "sensitivity" and key[1] == "gradient" else "bound"
     return Expected(
         value=prediction.value,
         mode=mode,

@@ -58,8 +58,8 @@ class Pipeline:
             yield self._run_case(case, implementation, predictions)
 
     def _ask(self, case: Case) -> Future[Predictions] | None:
-        """One-hot expectations come from the unsharded twin alone."""
-        if case.proof == "one-hot" or (case.model == "pretrained" and self._no_model):
+        """Nothing to ask where the unsharded twin alone is the expectation, or where the answer needs the offsets."""
+        if case.proof == "one-hot" or (case.model == "pretrained" and (self._no_model or case.base == "nf4")):
             return None
         return self._ahead.submit(self._oracle.predict, case, seconds=limit_seconds(case))
 
@@ -102,6 +102,9 @@ class Pipeline:
     ) -> list[Check]:
         shards = [shard for answer in answers for shard in answer.shards]
         predicted = predictions.result() if predictions else {}
+        if case.proof == "sensitivity" and predictions is None:
+            offsets = tuple((s.name, float(s.array)) for s in answers[0].shards if s.kind == "offset")
+            predicted = self._ahead.submit(self._oracle.predict, case, offsets, seconds=limit_seconds(case)).result()
         if case.link != "shards":
             return compare(shards, from_oracle(case, predicted))
         twin = self._twin(case, implementation)

@@ -49,7 +49,7 @@ LEGACY = ".rotary_emb.inv_freq"
 """A buffer that old checkpoints carry and nobody reads."""
 
 
-class PretrainedUnavailable(RuntimeError):  # noqa: N818 - it is a state of the world, reported as a skip
+class PretrainedUnavailable(RuntimeError):
     """The pretrained model cannot be had here; the message is one line with the reason and the mend."""
 
 

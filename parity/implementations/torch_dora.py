@@ -9,7 +9,7 @@ from torch import nn
 
 from parity.case import TORCH_STRATEGIES, Case
 from parity.implementations.torch_codec import codec_shards
-from parity.implementations.torch_network import build_network, network_losses
+from parity.implementations.torch_network import build_network, network_losses, offset_shards
 from parity.implementations.torch_stack import DTYPES, Stack, TorchStack, train
 from parity.inputs import stack_inputs
 from parity.ranks import Place
@@ -56,6 +56,7 @@ class TorchDora(TorchStack):
 
     def _run_network(self, case: Case, place: Place) -> Iterator[Shard]:
         model = build_network(case, place, dora_config(case))
+        yield from offset_shards(model)
         if case.strategy in self.strategies[1:]:
             model = self.shard(model, case)
         losses = network_losses(model, case, place)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from parity.case import Case
+from parity.implementations.torch_stack import to_numpy
 from parity.inputs.network import adapter_factors, predicted_tokens, sequences, starting_magnitude
 from parity.ranks import Place
-from torch_impl import DoraConfig, DoraLinear, apply_dora
+from parity.shard import Shard
+from torch_impl import DoraConfig, DoraLinear, PackedBase, apply_dora
 
 
 def build_network(case: Case, place: Place, config: DoraConfig) -> nn.Module:
@@ -39,6 +41,14 @@ def _fill(case: Case, name: str, layer: DoraLinear) -> None:
     layer.lora_B.copy_(torch.from_numpy(factors[1]))
     layer.reset_magnitude()
     layer.magnitude.copy_(torch.from_numpy(starting_magnitude(layer.magnitude.cpu().numpy())))
+
+
+def offset_shards(model: nn.Module) -> Iterator[Shard]:
+    """What each quantised layer's scales were shifted by: data that the oracle decodes with (Q4)."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, DoraLinear) and isinstance(layer.base, PackedBase):
+            offset = to_numpy(layer.base.nested_offset).reshape(())
+            yield Shard(name=name, kind="offset", step=0, global_shape=(), index=(), array=offset)
 
 
 def network_losses(model: nn.Module, case: Case, place: Place) -> list[Callable[[], torch.Tensor]]:

@@ -14,7 +14,7 @@ from parity.inputs.network import adapter_factors, predicted_tokens, sequences, 
 from parity.oracle.prediction import Prediction, Predictions
 from parity.oracle.sensitivity import FACTOR, responses, skip_reason
 from parity.oracle.stack import FACTORS
-from parity.oracle.weights import weight_used
+from parity.oracle.weights import offset_and_bound, weight_used
 from ref import dora, llama
 from ref.types import Adapter
 
@@ -24,10 +24,14 @@ _SEEDS = tuple(range(4))
 """Fixed: the root mean square of four responses; the factor of 32 is what covers their scatter (DESIGN)."""
 
 
-def predict_network(case: Case, model: Path) -> Predictions:
+Offsets = dict[str, float]
+"""By linear layer: what its scales were shifted by before they were coded (Q4: it is data)."""
+
+
+def predict_network(case: Case, model: Path, offsets: Offsets) -> Predictions:
     """The gradient of every adapter, with 32 times its sensitivity as the limit on the 2-norm of the difference."""
     config = llama.LlamaConfig.from_json(model / "config.json")
-    parameters, adapters = _network(case, model, config)
+    parameters, adapters, shifts = _network(case, model, config, offsets)
     tokens, targets, weights = _batch(case, model)
     total, scaling = predicted_tokens(case, model), dora.scaling(case.alpha, case.rank)
 
@@ -46,7 +50,7 @@ def predict_network(case: Case, model: Path) -> Predictions:
         )(adapters)
 
     exact, moved = responses(gradients, (adapters, parameters), unit=_UNIT, seeds=_SEEDS)
-    return {
+    return shifts | {
         (1, "gradient", f"{name}.{factor}"): _prediction(getattr(exact[name], factor), getattr(moved[name], factor))
         for name in exact
         for factor in FACTORS
@@ -60,16 +64,20 @@ def _prediction(value: Array, response: float) -> Prediction:
 
 
 def _network(
-    case: Case, model: Path, config: llama.LlamaConfig
-) -> tuple[llama.Parameters, dict[str, Adapter]]:
-    """The network's weights as the forward uses them (D6), and the case's adapters, in float64."""
+    case: Case, model: Path, config: llama.LlamaConfig, offsets: Offsets
+) -> tuple[llama.Parameters, dict[str, Adapter], Predictions]:
+    """The network's weights as the forward uses them (D6), the case's adapters, in float64, and what offsets may be."""
     parameters = llama.read_checkpoint(model, dtype=jnp.float64, layers=case.blocks)
     weights = llama.by_name(parameters)
-    adapters, used = {}, {}
+    adapters, used, shifts = {}, {}, {}
     for name in llama.linear_names(config, layers=case.blocks):
-        used[name] = weight_used(case, np.asarray(weights[f"{name}.weight"], dtype=np.float32))
+        weight = np.asarray(weights[f"{name}.weight"], dtype=np.float32)
+        used[name] = weight_used(case, weight, offset=offsets.get(name))
         adapters[name] = _adapter(case, name, used[name])
-    return llama.with_weights(parameters, used), adapters
+        if case.base == "nf4":
+            mean, bound = offset_and_bound(weight)
+            shifts[0, "offset", name] = Prediction(value=np.array(mean), limit=np.array(bound))
+    return llama.with_weights(parameters, used), adapters, shifts
 
 
 def _adapter(case: Case, name: str, weight: Array) -> Adapter:

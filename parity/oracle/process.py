@@ -22,12 +22,16 @@ DEVICES = 8
 _LAYOUT_SECONDS = 60.0
 """A layout is arithmetic on a few integers."""
 
+Offsets = tuple[tuple[str, float], ...]
+
 
 @dataclass(frozen=True)
 class Question:
     """What should this case give?"""
 
     case: Case
+    offsets: Offsets = ()
+    """What each quantised layer's scales were shifted by: data, not for the oracle to recompute (Q4)."""
 
 
 class Oracle:
@@ -36,18 +40,18 @@ class Oracle:
     def __init__(self, *, model: Path | None, cache: Path) -> None:
         context = multiprocessing.get_context("spawn")
         self._workers = Workers(jax_main, 1, context=context, options={"model": model, "cache": cache})
-        self._answers: dict[Case, Predictions] = {}
+        self._answers: dict[Question, Predictions] = {}
 
-    def predict(self, case: Case, *, seconds: float) -> Predictions:
-        """Predictions for a case.
+    def predict(self, case: Case, offsets: Offsets = (), *, seconds: float) -> Predictions:
+        """Predictions for a case; `offsets` as `Question` has them.
 
         Raises:
             CaseFailed: the process raised, died or took too long.
         """
-        asked = mathematics(case)
-        if asked not in self._answers:
-            self._answers[asked] = self._workers.call(Question(asked), seconds=seconds)[0]
-        return self._answers[asked]
+        question = Question(mathematics(case), offsets)
+        if question not in self._answers:
+            self._answers[question] = self._workers.call(question, seconds=seconds)[0]
+        return self._answers[question]
 
     def run(self, job: Job, *, seconds: float) -> list[RankAnswer]:
         """Run a JAX implementation; its answers come as from ranks."""
@@ -96,7 +100,7 @@ def _answer(asked: Any, model: Path | None) -> Any:
     if case.model == "pretrained":
         from parity.oracle.network import predict_network  # noqa: PLC0415
 
-        return predict_network(case, model)
+        return predict_network(case, model, dict(asked.offsets))
     from parity.oracle.stack import predict_stack  # noqa: PLC0415
 
     return predict_stack(case)
