@@ -310,6 +310,12 @@ def test_q5_bnb_cpu_breaks_ties_alike(scale):
 
 
 @pytest.mark.parametrize("scale", SCALES)
+def test_q5_bnb_cpu_divides_in_a_short_block(scale):
+    """The same values in a short last block, which bitsandbytes divides, get its codes too."""
+    assert_encodes_as_bitsandbytes(torch.from_numpy(ties(np.float32(scale))[:, :46]), nested=False)
+
+
+@pytest.mark.parametrize("scale", SCALES)
 def test_q5_exact_takes_the_nearest_and_the_lower_of_two(scale):
     """In rational arithmetic no code is nearer, and none as near is lower."""
     values = ties(np.float32(scale))
@@ -353,7 +359,7 @@ def test_q5_zero_blocks():
 
 
 def test_q5_8_bit_codes_at_every_bin_border():
-    """Values around each border of a bin where the table changes get bitsandbytes' code, 64 steps of 2^-25 to either side."""
+    """Values around each border of a bin where the table changes, by steps of 2^-25, get bitsandbytes' code."""
     middles = (DYNAMIC_CODE[:-1] + DYNAMIC_CODE[1:]) / np.float32(2)
     values = -1 + 2 * np.arange(quant.BINS) / (quant.BINS - 1)
     changes = np.nonzero(np.diff(np.searchsorted(middles, values.astype(np.float32))))[0]
