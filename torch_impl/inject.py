@@ -50,7 +50,6 @@ def apply_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
 
 def dora_linear(linear: nn.Linear, config: DoraConfig, *, name: str = "") -> DoraLinear:
     """One DoRA layer over one linear layer; its weight is shared where it stays dense."""
-    quant.refuse_non_finite(linear.weight if linear.weight.is_floating_point() else torch.zeros(1), f"{name}.weight")
     if linear.bias is not None:
         quant.refuse_non_finite(linear.bias, f"{name}.bias")
     base = _base(linear, config.quant_config, name=f"{name}.weight")
@@ -60,15 +59,20 @@ def dora_linear(linear: nn.Linear, config: DoraConfig, *, name: str = "") -> Dor
 
 
 def _base(linear: nn.Linear, config: QuantConfig | None, *, name: str) -> DenseBase | PackedBase:
-    """The frozen base in the storage asked for; a weight that bitsandbytes has packed is taken over as it is."""
+    """The frozen base in the storage asked for; a weight that bitsandbytes has packed keeps its bytes and state."""
     state = getattr(linear.weight, "quant_state", None)
     if state is not None:
         packed = linear.weight.data
         storage = packed.dtype if config is None else config.quant_storage
-        return PackedBase(*quant.from_quant_state(packed, state, storage=storage))
+        base = PackedBase(*quant.from_quant_state(packed, state, storage=storage))
+        quant.refuse_non_finite(base.decode(base.weight, dtype=torch.float32), name)
+        return base
     if config is None and isinstance(linear, Linear4bit):
         config = _linear4bit_config(linear)
-    return DenseBase(linear.weight) if config is None else PackedBase(*quant.quantize(linear.weight, config, name=name))
+    if config is not None:
+        return PackedBase(*quant.quantize(linear.weight, config, name=name))
+    quant.refuse_non_finite(linear.weight, name)
+    return DenseBase(linear.weight)
 
 
 def _linear4bit_config(linear: Linear4bit) -> QuantConfig:

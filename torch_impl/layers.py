@@ -29,6 +29,7 @@ from torch_impl import quant
 from torch_impl.config import DoraConfig
 from torch_impl.errors import MagnitudeRangeError, ShardingError, StorageError
 from torch_impl.norm import ratio, weight_norm
+from torch_impl.shards import is_sharded
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ class DoraLinear(nn.Module):
             MagnitudeRangeError: a row's norm is beyond float32.
             ShardingError: the layer is sharded already.
         """
-        if self.magnitude.shape != (self.out_features,) or type(self.magnitude.data) is not Tensor:
+        if is_sharded(self):
             raise ShardingError("reset_magnitude needs the whole layer", hint="call it before shard_model")
         n_O = self.base(self._norm, self.lora_A, self.lora_B)
         finite_O = torch.isfinite(n_O)

@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_impl import DoraConfig, QuantConfig, ShardConfig, apply_dora, local_shards, shard_model
+from torch_impl import (
+    DoraConfig,
+    DoraError,
+    QuantConfig,
+    ShardConfig,
+    apply_dora,
+    local_shards,
+    save_adapter,
+    shard_model,
+)
 from torch_impl.shards import LocalShard
 
 
@@ -157,3 +166,18 @@ def cases() -> Iterator[tuple[str, Stack]]:
     yield "rank-1", Stack(rank=1)
     yield "one-token", Stack(tokens=1)
     yield "wide-rank", Stack(rank=17, sizes=(130, 33, 70))
+
+
+def save(*, rank: int, world: int, strategy: str, case: Stack, folder: str) -> None:
+    """Every rank saves the sharded adapter."""
+    del rank, world
+    save_adapter(shard_model(build(case), ShardConfig(strategy=strategy)), folder)
+
+
+def save_fails(*, rank: int, world: int, case: Stack, folder: str) -> str:
+    """The class of what saving raised on this rank."""
+    try:
+        save(rank=rank, world=world, strategy="fsdp2", case=case, folder=folder)
+    except DoraError as error:
+        return type(error).__name__
+    return "nothing"

@@ -1,0 +1,117 @@
+"""`apply_dora`: what it replaces, what it freezes, what it refuses."""
+
+import bitsandbytes
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from torch_impl import DoraConfig, DoraLinear, PackedBase, apply_dora
+from torch_impl.errors import DtypeError, NonFiniteError, RankError, TargetError
+
+
+class Two(nn.Module):
+    """Two linear layers and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 8)
+        self.norm = nn.LayerNorm(8)
+        self.down = nn.Linear(8, 6, bias=False)
+
+
+def dora_names(model: nn.Module) -> list[str]:
+    """Names of the DoRA layers."""
+    return [name for name, module in model.named_modules() if isinstance(module, DoraLinear)]
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [("all-linear", ["up", "down"]), (["up"], ["up"]), ("d.*n", ["down"]), (("up", "down"), ["up", "down"])],
+    ids=str,
+)
+def test_targets_are_read_as_peft_reads_them(targets: object, names: list[str]) -> None:
+    """All linear layers, a list of endings, or a regular expression for the whole name."""
+    model = apply_dora(Two(), DoraConfig(rank=2, alpha=4, target_modules=targets))
+
+    assert dora_names(model) == names
+
+
+def test_only_adapters_train() -> None:
+    """Everything but A, B and m is frozen."""
+    model = apply_dora(Two(), DoraConfig(rank=2, alpha=4, target_modules=["up"]))
+
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {"up.lora_A", "up.lora_B", "up.magnitude"}
+
+
+def test_all_linear_leaves_a_tied_output_embedding_alone() -> None:
+    """The output head of a causal language model is no target of "all-linear", and stays tied."""
+    config = LlamaConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = apply_dora(LlamaForCausalLM(config), DoraConfig(rank=2, alpha=4))
+
+    assert len(dora_names(model)) == 7
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_layer_with_two_names_stays_one_layer() -> None:
+    """A module that is shared is replaced at both of its names by one adapter."""
+    model = Two()
+    model.again = model.up
+    apply_dora(model, DoraConfig(rank=2, alpha=4))
+
+    assert model.again is model.up
+    assert isinstance(model.up, DoraLinear)
+
+
+def test_a_packed_linear4bit_is_taken_over_as_it_is() -> None:
+    """What bitsandbytes has packed keeps its bytes and its state, whatever storage it came in."""
+    linear = bitsandbytes.nn.Linear4bit(64, 32, bias=False, quant_type="nf4", quant_storage=torch.bfloat16).to("cpu")
+    want = bitsandbytes.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+    layer = apply_dora(nn.Sequential(linear), DoraConfig(rank=2, alpha=4))[0]
+
+    assert isinstance(layer.base, PackedBase)
+    assert torch.equal(layer.base.decode(layer.base.weight, dtype=want.dtype), want)
+
+
+@pytest.mark.parametrize("targets", [["missing"], "x.*", ["u"]], ids=str)
+def test_targets_that_match_nothing_are_refused(targets: object) -> None:
+    """The message names the targets, and layers that exist."""
+    with pytest.raises(TargetError, match=r"match nothing.*up"):
+        apply_dora(Two(), DoraConfig(rank=2, alpha=4, target_modules=targets))
+
+
+def test_a_target_that_is_no_linear_is_refused() -> None:
+    """A norm is named, with what it is."""
+    with pytest.raises(TargetError, match="norm is a LayerNorm"):
+        apply_dora(Two(), DoraConfig(rank=2, alpha=4, target_modules=["norm"]))
+
+
+def test_a_rank_larger_than_both_sides_is_refused() -> None:
+    """Rank 9 on an 8 x 6 layer is named with the layer; rank 8, larger than one side, is taken."""
+    with pytest.raises(RankError, match=r"rank 9 is larger than both sides of up, \(8, 6\)"):
+        apply_dora(Two(), DoraConfig(rank=9, alpha=4))
+    assert dora_names(apply_dora(Two(), DoraConfig(rank=8, alpha=4))) == ["up", "down"]
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"], ids=["dense", "nf4"])
+def test_q7_non_finite_weights_and_biases_are_refused(quant: str | None) -> None:
+    """The message names the tensor and the index, and the model is left as it was."""
+    model = Two()
+    with torch.no_grad():
+        model.up.bias[5] = float("nan")
+
+    with pytest.raises(NonFiniteError, match=r"up\.bias holds nan at index \(5,\)"):
+        apply_dora(model, DoraConfig(rank=2, alpha=4, quant=quant))
+    assert dora_names(model) == []
+    assert model.up.weight.requires_grad
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"], ids=["dense", "nf4"])
+def test_a_dtype_that_cannot_be_computed_in_is_refused(quant: str | None) -> None:
+    """A float64 model needs a compute dtype, and can't be packed."""
+    with pytest.raises(DtypeError, match=r"up\.weight is torch\.float64"):
+        apply_dora(Two().double(), DoraConfig(rank=2, alpha=4, quant=quant))

@@ -1,0 +1,69 @@
+"""S6, S7, S8, D11: what `shard_model` refuses, what goes over the wire, and where forwards may be run."""
+
+import pytest
+from onehot import Stack
+from ranks import Pools
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp1-orig", "fsdp2"])
+def test_d11_param_dtype_never_reaches_the_adapter(pools: Pools, strategy: str) -> None:
+    """With param_dtype bf16 the dense weight arrives in bf16; A, B, m and their gradients stay float32."""
+    answers = pools.run(2, "wires:dtypes", strategy=strategy, packed=False)
+
+    assert (
+        answers == [{"weight": "torch.bfloat16", "adapter": ["torch.float32"] * 3, "gradients": ["torch.float32"]}] * 2
+    )
+
+
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp1-orig", "fsdp2"])
+def test_s6_param_dtype_never_reaches_packed_bytes(pools: Pools, strategy: str) -> None:
+    """Bytes arrive in their storage dtype, bit for bit."""
+    answers = pools.run(2, "wires:dtypes", strategy=strategy, packed=True)
+
+    assert (
+        answers == [{"weight": "torch.bfloat16", "adapter": ["torch.float32"] * 3, "gradients": ["torch.float32"]}] * 2
+    )
+
+
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp1-orig", "fsdp2"])
+def test_d12_neutral_start_holds_after_sharding(pools: Pools, strategy: str) -> None:
+    """With B = 0 every c is exactly 1 on every rank, and y is the base's product, dense and packed."""
+    assert pools.run(3, "wires:neutral_start", strategy=strategy) == [[True] * 4] * 3
+
+
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp1-orig", "fsdp2"])
+def test_local_shards_after_a_forward_without_backward(pools: Pools, strategy: str) -> None:
+    """An evaluation leaves gathered parameters in the root; what is reported is still the shards."""
+    assert pools.run(2, "wires:shards_after_evaluation", strategy=strategy) == [True, True]
+
+
+REFUSED = {
+    "storage-against-wire": ("fsdp2", "StorageError", "param_dtype torch.float16 against quant_storage torch.bfloat16"),
+    "integer-storage": ("fsdp1", "StorageError", "fsdp1 can't hold torch.uint8 bytes"),
+    "wire-changes-weight": ("fsdp2", "ShardingError", "would change layers.0.base.weight"),
+    "mixed-root": ("fsdp1", "ShardingError", "differ in dtype"),
+    "sharded-twice": ("fsdp2", "ShardingError", "sharded already"),
+    "no-adapter": ("fsdp2", "ShardingError", "no DoRA layer"),
+    "late-reset": ("fsdp1", "ShardingError", "reset_magnitude needs the whole layer"),
+    "late-merge": ("fsdp1-orig", "ShardingError", "a sharded model can't be merged"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_sharded_is_refused_in_one_line(pools: Pools, name: str) -> None:
+    """Every rank raises the same error, naming the tensor and the mend."""
+    strategy, error, part = REFUSED[name]
+
+    for got in pools.run(2, "wires:refused", strategy=strategy, name=name):
+        assert got[0] == error
+        assert part in got[1]
+        assert "\n" not in got[1]
+
+
+def test_integer_storage_shards_under_fsdp2(pools: Pools) -> None:
+    """FSDP2 takes uint8 bytes, and gives the unsharded bits."""
+    answers = pools.run(2, "wires:integer_storage", case=Stack())
+
+    assert [evidence.differing for evidence in answers] == [[], []]

@@ -1,0 +1,119 @@
+"""Run by ranks: dtypes on the wire, the neutral start, shards after evaluation, and refusals."""
+
+import dataclasses
+
+import onehot
+import torch
+from onehot import Evidence, Stack, build
+from torch import nn
+
+from torch_impl import (
+    DoraConfig,
+    DoraError,
+    DoraLinear,
+    QuantConfig,
+    ShardConfig,
+    apply_dora,
+    local_shards,
+    merge_adapter,
+    shard_model,
+)
+
+BF16 = torch.bfloat16
+
+
+def _seen_by_products(model: nn.Module) -> list[tuple[torch.Tensor, ...]]:
+    """What each layer's product is given, recorded while the model runs."""
+    seen: list[tuple[torch.Tensor, ...]] = []
+    for layer in (m for m in model.modules() if isinstance(m, DoraLinear)):
+        plain = layer._product
+
+        def record(base: nn.Module, *tensors: torch.Tensor, plain=plain) -> torch.Tensor:  # noqa: ANN001 - a default
+            seen.append((base.weight.detach().clone(), *(None if t is None else t.detach().clone() for t in tensors)))
+            return plain(base, *tensors)
+
+        layer._product = record
+    return seen
+
+
+def dtypes(*, rank: int, world: int, strategy: str, packed: bool) -> dict[str, object]:
+    """The dtypes that arrive in a product, and those of the gradients, under param_dtype bf16."""
+    del rank, world
+    case = Stack(compute_dtype=BF16, quant=QuantConfig() if packed else None)
+    bits = [layer.base.weight.detach().clone() for layer in build(case).layers]
+    model = shard_model(build(case), ShardConfig(strategy=strategy, param_dtype=BF16, reduce_dtype=BF16))
+    seen = _seen_by_products(model)
+    model(torch.randn(4, 66)).sum().backward()
+    weight, _, *adapter, _ = seen[0]
+    assert torch.equal(weight.view(torch.int16), bits[0].to(BF16).view(torch.int16))
+    gradients = {str(s.tensor.dtype) for s in local_shards(model) if s.kind == "gradient"}
+    return {"weight": str(weight.dtype), "adapter": [str(t.dtype) for t in adapter], "gradients": sorted(gradients)}
+
+
+def neutral_start(*, rank: int, world: int, strategy: str) -> list[bool]:
+    """For dense and packed, float32 and bf16: whether y is exactly the base's product, so that c was exactly 1."""
+    del rank, world
+    results = []
+    for quant in (None, QuantConfig()):
+        for dtype in (torch.float32, BF16):
+            torch.manual_seed(2)
+            model = apply_dora(nn.Sequential(nn.Linear(66, 65, bias=False)).to(dtype), DoraConfig(2, 4, quant=quant))
+            x = torch.randn(5, 66).to(dtype)
+            want = x @ model[0].base.decode(model[0].base.weight, dtype=dtype).T
+            results.append(torch.equal(shard_model(model, ShardConfig(strategy=strategy))(x), want))
+    return results
+
+
+def shards_after_evaluation(*, rank: int, world: int, strategy: str) -> bool:
+    """Whether shards are the same before and after an evaluation, also of parameters in the root."""
+    del rank, world
+    model = onehot.Net(Stack())
+    model.extra = nn.Linear(66, 66)
+    model = apply_dora(model, DoraConfig(2, 4, target_modules=["layers.0", "layers.1"]))
+    model = shard_model(model, ShardConfig(strategy=strategy))
+    before = [(s.name, s.index, s.tensor.clone()) for s in local_shards(model)]
+    with torch.no_grad():
+        model(torch.randn(4, 66))
+    after = [(s.name, s.index, s.tensor) for s in local_shards(model)]
+    assert [b[:2] for b in before] == [a[:2] for a in after]
+    return all(torch.equal(b[2], a[2]) for b, a in zip(before, after, strict=True))
+
+
+def integer_storage(*, rank: int, world: int, case: Stack) -> Evidence:
+    """The one-hot run with bytes held as uint8."""
+    case = dataclasses.replace(case, quant=QuantConfig(quant_storage=torch.uint8))
+    return onehot.run(rank=rank, world=world, strategy="fsdp2", case=case)["evidence"]
+
+
+def refused(*, rank: int, world: int, strategy: str, name: str) -> tuple[str, str]:
+    """The class and the line of what was raised."""
+    del rank, world
+    try:
+        _refused(name, strategy)
+    except DoraError as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+def _refused(name: str, strategy: str) -> None:
+    """Do what is to be refused."""
+    config = ShardConfig(strategy=strategy)
+    if name == "storage-against-wire":
+        shard_model(build(Stack(quant=QuantConfig())), dataclasses.replace(config, param_dtype=torch.float16))
+    elif name == "integer-storage":
+        shard_model(build(Stack(quant=QuantConfig(quant_storage=torch.uint8))), config)
+    elif name == "wire-changes-weight":
+        shard_model(build(Stack()), dataclasses.replace(config, param_dtype=BF16))
+    elif name == "mixed-root":
+        model = build(Stack())
+        model.extra, model.other = nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2).to(BF16).requires_grad_(False)
+        shard_model(model, config)
+    elif name == "sharded-twice":
+        shard_model(shard_model(build(Stack()), config), config)
+    elif name == "no-adapter":
+        shard_model(onehot.Net(Stack()), config)
+    elif name == "late-reset":
+        model = shard_model(build(Stack()), config)
+        next(m for m in model.modules() if isinstance(m, DoraLinear)).reset_magnitude()
+    elif name == "late-merge":
+        merge_adapter(shard_model(build(Stack()), config))
