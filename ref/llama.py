@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.tree_util import register_dataclass
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
@@ -181,7 +182,7 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return {"model.embed_tokens.weight": table, **blocks, "model.norm.weight": (config.hidden_size,), **head}
 
 
-def read_checkpoint(directory: Path, *, dtype: jnp.dtype | str, layers: int | None = None) -> Parameters:
+def read_checkpoint(directory: Path, *, dtype: DTypeLike, layers: int | None = None) -> Parameters:
     """The parameters of a Hugging Face directory, from safetensors alone, cast to `dtype`.
 
     Args:

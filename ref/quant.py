@@ -19,6 +19,7 @@ from typing import Final, Literal, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 
@@ -66,7 +67,7 @@ def unpack(packed_P: UInt8[Array, " P"], *, count: int) -> UInt8[Array, " N"]:
 # --- Q4: decoding --------------------------------------------------------------------------------------------------
 
 
-def decode(packed: UInt8[Array, "..."], state: QuantState, *, dtype: jnp.dtype | str | None = None) -> Array:
+def decode(packed: UInt8[Array, "..."], state: QuantState, *, dtype: DTypeLike | None = None) -> Array:
     """Q4: the weight that the bytes stand for, `code[q] * absmax` in float32, then one cast to `dtype`.
 
     Bit for bit what bitsandbytes gives on CPU, eager or jitted, wherever each product is 0 or at least 2^-126 in

@@ -353,7 +353,7 @@ def test_fewer_layers_are_the_first_ones(tmp_path):
     """With layers=2 the first two blocks are read, and the last norm and the head still."""
     _, _, whole = tiny(tmp_path)
 
-    part = llama.by_name(llama.read_checkpoint(tmp_path, dtype="float64", layers=2))
+    part = llama.by_name(llama.read_checkpoint(tmp_path, dtype=jnp.float64, layers=2))
 
     named = llama.by_name(whole)
     assert set(named) - set(part) == {name for name in named if name.startswith("model.layers.2.")}

@@ -208,7 +208,7 @@ def test_q4_decode_is_bitwise_by_rows(shape):
     assert_same_bits(decode(jnp.asarray(packed.numpy()), ours(state)), bnb.dequantize_4bit(packed, state).numpy())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", jnp.float64])
 def test_q4_another_dtype_is_one_cast(dtype):
     """The target dtype is reached from the float32 product in one rounding."""
     packed, state = encode(as_numpy(weight(8, 64)))
