@@ -12,7 +12,7 @@ from typing import Literal
 
 Link = Literal["algebra", "shards", "frameworks", "training", "controls"]
 Model = Literal["stack", "codec", "pretrained"]
-Proof = Literal["lattice", "one-hot", "bound", "sensitivity", "decode"]
+Proof = Literal["lattice", "one-hot", "bound", "start", "sensitivity", "decode"]
 Base = Literal["float32", "bfloat16", "float64", "nf4"]
 Compute = Literal["float32", "bfloat16", "float64"]
 
@@ -62,6 +62,8 @@ class Case:
     """Whether the base layers have one (D8)."""
     zero_rows: bool = False
     """Whether some rows of V are zero (D7)."""
+    ties: bool = False
+    """Whether the codec's weights lie on the midpoints between two codes and on their float32 neighbours (Q5)."""
     zero_b: bool = False
     """Whether B starts at zero (D12)."""
     steps: int = 1
@@ -80,7 +82,7 @@ class Case:
     @property
     def id(self) -> str:
         """The identifier: the same words in the same order for every case."""
-        features = [name for name in ("bias", "zero_rows", "zero_b") if getattr(self, name)]
+        features = [name for name in ("bias", "zero_rows", "ties", "zero_b") if getattr(self, name)]
         if self.activation != "identity":
             features.append(self.activation)
         if self.param_dtype:

@@ -73,8 +73,8 @@ def is_frozen(name: str) -> bool:
 def required(expectations: Expectations) -> set[Key]:
     """What an implementation must give, all of it: the adapters' gradients and parameters at every step."""
     kinds = {"gradient", "parameter", "packed", "absmax", "decoded"}
-    return {
-        (step, kind, name)
-        for step, kind, name in expectations
-        if kind in kinds and not (kind == "parameter" and (step == 0 or is_frozen(name)))
-    }
+    return {(step, kind, name) for step, kind, name in expectations if kind in kinds and not _is_base(kind, name)}
+
+
+def _is_base(kind: str, name: str) -> bool:
+    return kind == "parameter" and is_frozen(name)

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 from parity.case import Case
-from parity.cases.shapes import SHAPES
+from parity.cases.shapes import SHAPES, Shape
 
 _CLAUSES = ("Q1", "Q2", "Q3", "Q4", "Q5", "Q6")
 
 
 def codec_cases() -> list[Case]:
-    """Each shape's weights, decoded to float32 and to bfloat16; `zero_rows` has blocks of zeros."""
-    return [
-        Case(
-            link="frameworks",
-            model="codec",
-            proof="decode",
-            layers=shape.layers,
-            shape_name=shape.name,
-            rank=shape.rank,
-            alpha=2.0 * shape.rank,
-            base="nf4",
-            compute=compute,
-            zero_rows=zero_rows,
-            clauses=_CLAUSES,
-        )
+    """Each shape's weights, decoded to float32 and to bfloat16: ordinary ones, blocks of zeros, and ties."""
+    plain = [
+        _case(shape, compute=compute, zero_rows=zero_rows)
         for shape, compute, zero_rows in product(SHAPES, ("float32", "bfloat16"), (False, True))
     ]
+    return plain + [_case(shape, ties=True) for shape in SHAPES]
+
+
+def _case(shape: Shape, **fields: Any) -> Case:
+    return Case(
+        link="frameworks",
+        model="codec",
+        proof="decode",
+        layers=shape.layers,
+        shape_name=shape.name,
+        rank=shape.rank,
+        alpha=2.0 * shape.rank,
+        base="nf4",
+        clauses=_CLAUSES,
+        **fields,
+    )

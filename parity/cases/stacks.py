@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -23,7 +24,7 @@ _PRECISIONS = (
 
 def stack_cases(tier: str) -> list[Case]:
     """All stacks of a tier: the full one has every shape in every bounded case and more worlds."""
-    cases = [*_unsharded(), *_lattice(), *_one_hot(), *_bounded(tier), *_jax()]
+    cases = [*_unsharded(), *_lattice(), *_one_hot(), *_bounded(tier), *_start(), *_jax()]
     if tier == "full":
         cases += list(_one_hot_at(world=8))
     return cases
@@ -36,7 +37,7 @@ def _case(shape: Shape, **fields: Any) -> Case:
     clauses += ["D8"] if fields.get("bias") else []
     clauses += ["D12"] if fields.get("zero_b") else []
     clauses += ["Q4", "Q6", "D6"] if fields.get("base") == "nf4" else []
-    clauses += ["T3"] if fields["proof"] != "decode" else []
+    clauses += ["T3"] if fields["proof"] != "start" else []
     if fields.get("strategy", UNSHARDED) != UNSHARDED:
         clauses += SHARDED
         clauses += ["S2"] if fields["strategy"].startswith("fsdp1") else []
@@ -97,6 +98,20 @@ def _bounded(tier: str) -> Iterator[Case]:
     worlds = (2, 3, 4, 8) if tier == "full" else (2, 4)
     for shape, strategy, world, base in product(shapes, _STRATEGIES, worlds, ("float32", "nf4")):
         yield _case(shape, link="shards", proof="bound", strategy=strategy, world=world, base=base, steps=2)
+
+
+def _start() -> Iterator[Case]:
+    """The magnitude at start (D6), from the weight that the forward uses: unsharded by bound, sharded bitwise."""
+    for (base, compute), zero_b in product(_PRECISIONS, (False, True)):
+        yield _start_case(UNEVEN, link="frameworks", base=base, compute=compute, zero_b=zero_b)
+    for strategy, base in product(_STRATEGIES, ("float32", "nf4")):
+        yield _start_case(UNEVEN, link="shards", strategy=strategy, world=3, base=base)
+
+
+def _start_case(shape: Shape, **fields: Any) -> Case:
+    case = _case(shape, proof="start", steps=0, **fields)
+    only = ["D1", "D2", "D3", "D4", "D6", "D11", "D13"]
+    return dataclasses.replace(case, clauses=(*only, *(c for c in case.clauses if c not in {*LAYER, *only})))
 
 
 def _jax() -> Iterator[Case]:

@@ -10,7 +10,7 @@ from torch import nn
 from parity.case import TORCH_STRATEGIES, Case
 from parity.implementations.torch_codec import codec_shards
 from parity.implementations.torch_network import build_network, network_losses, offset_shards
-from parity.implementations.torch_stack import DTYPES, Stack, TorchStack, train
+from parity.implementations.torch_stack import DTYPES, Stack, TorchStack, shards_now, train
 from parity.inputs import stack_inputs
 from parity.ranks import Place
 from parity.shard import Shard
@@ -35,6 +35,8 @@ class TorchDora(TorchStack):
             yield from codec_shards(case, place)
         elif case.model == "pretrained":
             yield from self._run_network(case, place)
+        elif case.proof == "start":
+            yield from self._run_start(case, place)
         else:
             yield from super().run(case, place)
 
@@ -53,6 +55,13 @@ class TorchDora(TorchStack):
         """By the public entry point."""
         wire = DTYPES[case.param_dtype] if case.param_dtype else None
         return shard_model(model, ShardConfig(strategy=case.strategy, param_dtype=wire))
+
+    def _run_start(self, case: Case, place: Place) -> Iterator[Shard]:
+        """D6: the magnitudes that the layers give themselves."""
+        model = self.build(case, place.device)
+        for layer in model.layers:
+            layer.reset_magnitude()
+        yield from shards_now(self.shard(model, case), 0, ("parameter",))
 
     def _run_network(self, case: Case, place: Place) -> Iterator[Shard]:
         model = build_network(case, place, dora_config(case))

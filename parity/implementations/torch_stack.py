@@ -56,6 +56,7 @@ class TorchStack:
         """By what the class attributes declare."""
         for what, value, known in (
             ("model", case.model, ("stack",)),
+            ("proof", case.proof, ("lattice", "one-hot", "bound")),
             ("strategy", case.strategy, self.strategies),
             ("base", case.base, self.bases),
             ("compute", case.compute, self.computes),
@@ -94,7 +95,7 @@ def train(model: nn.Module, case: Case, loss_of_step) -> Iterator[Shard]:  # noq
     for step in range(1, case.steps + 1):
         optimizer.zero_grad(set_to_none=True)
         loss_of_step(step - 1).backward()
-        _divide_gradients(trainable, case.divide_gradients_by)
+        settle_gradients(model, case)
         yield from shards_now(model, step, ("gradient",))
         optimizer.step()
         yield from shards_now(model, step, ("parameter", "optimizer:momentum_buffer"), optimizer)
@@ -126,10 +127,10 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy().copy()
 
 
-def _divide_gradients(parameters: list[nn.Parameter], divisor: int) -> None:
+def settle_gradients(model: nn.Module, case: Case) -> None:
     """For the unsharded twin of a one-hot case: what the mean over ranks does to the only non-zero gradient."""
-    if divisor == 1:
+    if case.divide_gradients_by == 1:
         return
-    for parameter in parameters:
+    for parameter in model.parameters():
         if parameter.grad is not None:
-            parameter.grad.div_(divisor)
+            parameter.grad.div_(case.divide_gradients_by)

@@ -30,7 +30,7 @@ def stack_inputs(case: Case) -> Arrays:
 def input_seed(case: Case) -> int:
     """A seed from what the numbers depend on; never from the strategy, the world or the subject."""
     identity = (case.proof == "lattice", case.layers, case.rank, case.alpha, case.tokens, case.base, case.compute)
-    features = (case.activation, case.bias, case.zero_rows, case.zero_b, case.seed)
+    features = (case.activation, case.bias, case.zero_rows, case.zero_b, case.ties, case.seed)
     return zlib.crc32(repr((identity, features)).encode())
 
 

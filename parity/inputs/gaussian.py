@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from parity.case import Case
+from parity.inputs.ties import tied_weight
 
 
 def gaussian_stack(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray]:
@@ -28,6 +29,8 @@ def _layer(case: Case, generator: np.random.Generator, *, fan_in: int, fan_out: 
     # both sides take in an order of their own, is exact before its one rounding, and every decoded bit is foretold.
     held = "bfloat16" if case.base == "nf4" else case.base
     weight = _held(generator.standard_normal((fan_out, fan_in)) / np.sqrt(fan_in), held)
+    if case.ties:
+        weight = tied_weight(generator, (fan_out, fan_in))
     lora_A = _held(generator.standard_normal((case.rank, fan_in)) / np.sqrt(fan_in), "float32")
     lora_B = _held(0.5 * generator.standard_normal((fan_out, case.rank)), "float32")
     if case.zero_b:

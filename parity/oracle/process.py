@@ -101,9 +101,9 @@ def _answer(asked: Any, model: Path | None) -> Any:
         from parity.oracle.network import predict_network  # noqa: PLC0415
 
         return predict_network(case, model, dict(asked.offsets))
-    from parity.oracle.stack import predict_stack  # noqa: PLC0415
+    from parity.oracle.stack import predict_stack, predict_start  # noqa: PLC0415
 
-    return predict_stack(case)
+    return predict_start(case) if case.proof == "start" else predict_stack(case)
 
 
 def _run(job: Job, model: Path | None) -> list[RankAnswer]:

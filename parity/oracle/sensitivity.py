@@ -116,7 +116,36 @@ def _evaluated(
 
 
 def _run(closed: ClosedJaxpr | Jaxpr, key: Array, unit: float | Array, arguments: Sequence[Any]) -> list[Any]:
-    """Evaluate a jaxpr equation by equation; equation k draws from the key folded with k."""
+    """Evaluate a jaxpr with one draw for all its products, calls included: a draw apiece takes long to compile."""
+    jaxpr = closed.jaxpr if isinstance(closed, ClosedJaxpr) else closed
+    products = [v.aval for equation in _level(jaxpr) if equation.primitive.name in PRODUCTS for v in equation.outvars]
+    draw = jax.random.uniform(jax.random.fold_in(key, 0), (sum(a.size for a in products),), minval=-1, maxval=1)
+    return _evaluate(closed, _Noise(key, unit, draw), arguments)
+
+
+class _Noise:
+    """What one run of a jaxpr draws on, front to back: noise for its products, keys for its loops and branches."""
+
+    def __init__(self, key: Array, unit: float | Array, draw: Array) -> None:
+        self._key, self.unit, self._draw = key, unit, draw
+        self._taken = self._keys = 0
+
+    def perturb_next(self, product: Array) -> Array:
+        """`product (1 + unit xi)` with noise that no other product has."""
+        xi = self._draw[self._taken : self._taken + product.size].reshape(product.shape)
+        self._taken += product.size
+        if not jnp.issubdtype(product.dtype, jnp.floating):
+            return product  # integer products round nothing
+        return product * (1 + jnp.asarray(self.unit, product.dtype) * xi.astype(product.dtype))
+
+    def next_key(self) -> Array:
+        """A key of its own for a loop or a branch."""
+        self._keys += 1
+        return jax.random.fold_in(self._key, self._keys)
+
+
+def _evaluate(closed: ClosedJaxpr | Jaxpr, noise: _Noise, arguments: Sequence[Any]) -> list[Any]:
+    """Equation by equation."""
     jaxpr, constants = (closed.jaxpr, closed.consts) if isinstance(closed, ClosedJaxpr) else (closed, ())
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, constants, strict=True))
     values.update(zip(jaxpr.invars, arguments, strict=True))
@@ -124,25 +153,22 @@ def _run(closed: ClosedJaxpr | Jaxpr, key: Array, unit: float | Array, arguments
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, Literal) else values[atom]
 
-    for position, equation in enumerate(jaxpr.eqns):
+    for equation in jaxpr.eqns:
         inputs = [read(atom) for atom in equation.invars]
-        values.update(zip(equation.outvars, _step(equation, key, position, (unit, inputs)), strict=True))
+        values.update(zip(equation.outvars, _step(equation, noise, inputs), strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _step(equation: Any, key: Array, position: int, unit_and_inputs: tuple[Any, list[Any]]) -> Sequence[Any]:
-    unit, inputs = unit_and_inputs
+def _step(equation: Any, noise: _Noise, inputs: list[Any]) -> Sequence[Any]:
     name, params = equation.primitive.name, equation.params
-    key = jax.random.fold_in(key, position) if _count_products(equation) else key
     if name in PRODUCTS:
-        return [_perturbed(output, key, unit) for output in _as_it_stands(equation, inputs)]
+        return [noise.perturb_next(output) for output in _as_it_stands(equation, inputs)]
     if name in _CALLERS:
-        called = next(params[where] for where in _CALLS if where in params)
-        return _run(called, key, unit, inputs)
-    if not _count_products(equation):
+        return _evaluate(_called(equation), noise, inputs)
+    if not _has_product(equation):
         return _as_it_stands(equation, inputs)
     if name in _CONTROL:
-        return _CONTROL[name](params, key, unit, inputs)
+        return _CONTROL[name](params, noise.next_key(), noise.unit, inputs)
     raise SensitivityError(f"a product inside the primitive {name!r}", hint="write the function without it")
 
 
@@ -160,12 +186,8 @@ def _as_it_stands(equation: Any, inputs: list[Any]) -> Sequence[Any]:
     return outputs if equation.primitive.multiple_results else [outputs]
 
 
-def _perturbed(product: Array, key: Array, unit: float | Array) -> Array:
-    """`product (1 + unit xi)`; integer products round nothing."""
-    if not jnp.issubdtype(product.dtype, jnp.floating):
-        return product
-    noise = jax.random.uniform(key, product.shape, product.dtype, -1, 1)
-    return product * (1 + jnp.asarray(unit, product.dtype) * noise)
+def _called(equation: Any) -> ClosedJaxpr | Jaxpr:
+    return next(equation.params[where] for where in _CALLS if where in equation.params)
 
 
 def _scan(params: dict[str, Any], key: Array, unit: float | Array, inputs: list[Any]) -> Sequence[Any]:
@@ -208,6 +230,16 @@ def _cond(params: dict[str, Any], key: Array, unit: float | Array, inputs: list[
 _CONTROL: Final = {"scan": _scan, "while": _while, "cond": _cond}
 
 
+def _level(jaxpr: Jaxpr) -> Iterator[Any]:
+    """The equations of a jaxpr in the order of their evaluation, those of what it calls in the call's place."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in _CALLERS:
+            called = _called(equation)
+            yield from _level(called.jaxpr if isinstance(called, ClosedJaxpr) else called)
+        else:
+            yield equation
+
+
 def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
     """Every equation of a jaxpr and of all it contains, each once, however often it runs."""
     for equation in jaxpr.eqns:
@@ -221,9 +253,8 @@ def _inner_equations(equation: Any) -> Iterator[Any]:
             yield from _equations(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
 
 
-def _count_products(equation: Any) -> int:
-    """How many products an equation is or contains."""
-    return sum(e.primitive.name in PRODUCTS for e in (equation, *_inner_equations(equation)))
+def _has_product(equation: Any) -> bool:
+    return any(e.primitive.name in PRODUCTS for e in _inner_equations(equation))
 
 
 def _require_resolution(jaxpr: Jaxpr, unit: float) -> None:

@@ -32,6 +32,20 @@ def predict_stack(case: Case) -> Predictions:
     return {key: _prediction(value, tracked.get(key), nearest.get(key)) for key, value in right.items()}
 
 
+def predict_start(case: Case) -> Predictions:
+    """D6: each layer's magnitude before any step, with the bound of a float32 norm."""
+    weights, _, adapters = stack_arrays(case)
+    scaling = dora.scaling(case.alpha, case.rank)
+    predictions: Predictions = {}
+    for position, (weight, adapter) in enumerate(zip(weights, adapters, strict=True)):
+        value = dora.initial_magnitude(weight, adapter.lora_A, adapter.lora_B, scaling=scaling)
+        factors = (bounds.exact(np.asarray(part)) for part in (weight, adapter.lora_A, adapter.lora_B))
+        tracked = bounds.weight_norm(*factors, scaling=scaling, unit=bounds.FLOAT32.unit)
+        key = (0, "parameter", f"layers.{position}.magnitude")
+        predictions[key] = Prediction(value=np.asarray(value), limit=bounds.limit(tracked))
+    return predictions
+
+
 def _prediction(value: np.ndarray, tracked: bounds.Tracked | None, nearest: np.ndarray | None) -> Prediction:
     mutants = {} if nearest is None else {"NormNotDetached": nearest}
     if tracked is None:
