@@ -60,23 +60,31 @@ def arguments():
     return jnp.asarray(generator.standard_normal((3, 8, 8)) / 8), jnp.asarray(generator.standard_normal((6, 8)))
 
 
-def count(jaxpr, name):
-    """How many equations of that primitive a jaxpr holds, at any depth."""
-    found = 0
+def levels(jaxpr):
+    """The jaxpr and all that it contains."""
+    yield jaxpr
     for equation in jaxpr.eqns:
-        found += equation.primitive.name == name
-        parameters = jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)
-        )
-        found += sum(count(getattr(p, "jaxpr", p), name) for p in parameters if isinstance(p, Jaxpr | ClosedJaxpr))
-    return found
+        inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr))
+        for found in inner:
+            if isinstance(found, Jaxpr | ClosedJaxpr):
+                yield from levels(getattr(found, "jaxpr", found))
+
+
+def products(jaxpr):
+    """For each product, the names of what consumes it."""
+    return [
+        [user.primitive.name for user in level.eqns if equation.outvars[0] in user.invars]
+        for level in levels(jaxpr)
+        for equation in level.eqns
+        if equation.primitive.name == "dot_general"
+    ]
 
 
 def counts(fn, *args):
-    """(products of fn, products and draws of noise of its noisy form)."""
-    plain = jax.make_jaxpr(fn)(*args).jaxpr
-    noise = jax.make_jaxpr(noisy(fn, unit=UNIT))(jax.random.key(0), *args).jaxpr
-    return count(plain, "dot_general"), count(noise, "dot_general"), count(noise, "random_bits")
+    """(products of fn, those of its noisy form, those of them that go into one multiplication and nowhere else)."""
+    plain = products(jax.make_jaxpr(fn)(*args).jaxpr)
+    noise = products(jax.make_jaxpr(noisy(fn, unit=UNIT))(jax.random.key(0), *args).jaxpr)
+    return len(plain), len(noise), noise.count(["mul"])
 
 
 def branching(x):
@@ -97,16 +105,16 @@ def test_zero_unit_is_the_function_itself(arguments):
 
 def test_every_product_of_scan_and_checkpoint_draws_noise(arguments):
     """Forward, recomputed and backward products of a checkpointed scan each have their own draw."""
-    products, kept, draws = counts(GRADIENT, *arguments)
+    found, kept, perturbed = counts(GRADIENT, *arguments)
 
-    assert products == kept == draws == 12  # 3 forward, 3 computed again, 6 backward
+    assert found == kept == perturbed == 12  # 3 forward, 3 computed again, 6 backward
 
 
 def test_every_product_of_control_flow_draws_noise():
     """Products in while, cond, custom rules and jit are reached too."""
-    products, kept, draws = counts(branching, jnp.eye(3))
+    found, kept, perturbed = counts(branching, jnp.eye(3))
 
-    assert products == kept == draws == 5
+    assert found == kept == perturbed == 5
 
 
 def test_each_element_is_perturbed_both_ways_by_at_most_the_unit():
@@ -118,6 +126,29 @@ def test_each_element_is_perturbed_both_ways_by_at_most_the_unit():
     assert jnp.all(moved != 0)
     assert jnp.min(moved) < 0 < jnp.max(moved)
     assert jnp.max(jnp.abs(moved)) <= 1e-3
+
+
+def test_equal_products_of_one_level_have_different_noise():
+    """The same product written twice, once inside a jit, is perturbed twice."""
+    a = jnp.ones((3, 3))
+
+    first, second = noisy(lambda a: (a @ a, jax.jit(jnp.matmul)(a, a)), unit=1e-3)(jax.random.key(0), a)
+
+    assert not jnp.any(first == second)
+
+
+def test_a_loop_and_its_surroundings_have_different_noise():
+    """A scan's iterations share no noise with a product beside it, nor with a second scan."""
+
+    def scanned(a):
+        return jax.lax.scan(lambda carry, _: (carry, a @ a), 0.0, None, length=2)[1]
+
+    outside, one, other = noisy(lambda a: (a @ a, scanned(a), scanned(a)), unit=1e-3)(
+        jax.random.key(0), jnp.ones((3, 3))
+    )
+
+    values = np.stack([outside, *one, *other])
+    assert len(np.unique(values)) == values.size
 
 
 def test_scan_draws_anew_in_each_iteration():
