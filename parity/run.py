@@ -12,10 +12,12 @@ from rich.console import Console
 from parity.case import Case
 from parity.chosen import choose
 from parity.cli import FELL_SHORT, HOLDS, RunOptions
+from parity.controls import control_results
 from parity.diagnosis import diagnose
 from parity.environment import describe
 from parity.errors import CannotRun, DeviceUnavailable
 from parity.implementations.registry import check_exists
+from parity.mutants import CONTROLS
 from parity.pipeline import Assignment, Pipeline
 from parity.pretrained import CheckpointError, PretrainedUnavailable, cache_directory, locate
 from parity.report.terminal import follow, show
@@ -36,7 +38,9 @@ def run_suite(options: RunOptions, console: Console) -> int:
     start = time.monotonic()
     try:
         with Pipeline(device=options.device, model=model, no_model=no_model, cache=cache_directory()) as pipeline:
-            for result in follow(pipeline.run(assignments), len(assignments), console):
+            controls = CONTROLS if wants_controls(options) else ()
+            stream = itertools.chain(control_results(controls, pipeline), pipeline.run(assignments))
+            for result in follow(stream, len(controls) + len(assignments), console):
                 results.cases.append(diagnose(result))
                 if options.fail_fast and result.status in {"failed", "error"}:
                     break
@@ -56,6 +60,11 @@ def assign(cases: list[Case], implementations: tuple[str, ...]) -> Iterator[Assi
         return
     ours = [case for case in cases if case.subject == "torch_impl"]
     yield from itertools.product(ours, implementations)
+
+
+def wants_controls(options: RunOptions) -> bool:
+    """Link 5 belongs to a whole run of this project's own implementation."""
+    return not (options.impl or options.keep or options.world)
 
 
 def find_model(cases: list[Case], asked: Path | None) -> tuple[Path | None, str]:

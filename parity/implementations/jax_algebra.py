@@ -27,7 +27,7 @@ class _OneLayer:
         """One layer of float64, unsharded."""
         return None if case.compute == "float64" and len(case.layers) == 1 else "link 1 takes one layer in float64"
 
-    def run(self, case: Case, place: Place) -> Iterator[Shard]:  # noqa: ARG002 - the protocol's signature
+    def run(self, case: Case, place: Place) -> Iterator[Shard]:
         """The three gradients of step 1."""
         (weight,), _, (adapter,) = stack_arrays(case)
         inputs = stack_inputs(case)

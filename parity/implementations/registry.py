@@ -9,6 +9,7 @@ from pathlib import Path
 
 from parity.errors import UnknownImplementation
 from parity.implementations.protocol import Implementation
+from parity.mutants import PLANS
 
 TORCH_IMPLEMENTATIONS = {
     "torch_impl": "parity.implementations.torch_dora:TorchDora",
@@ -23,6 +24,9 @@ JAX_IMPLEMENTATIONS = {
 }
 """Run inside the JAX process."""
 
+MUTANT = "mutant"
+"""`mutant:NAME` is `torch_impl` with that bug planted; it runs inside a torch rank."""
+
 _BUILT_IN = {**TORCH_IMPLEMENTATIONS, **JAX_IMPLEMENTATIONS}
 
 
@@ -35,6 +39,8 @@ def check_exists(name: str) -> None:
     if name in _BUILT_IN:
         return
     module, _, class_name = name.partition(":")
+    if module == MUTANT and class_name in PLANS:
+        return
     if not class_name:
         known = ", ".join(TORCH_IMPLEMENTATIONS)
         raise UnknownImplementation(f"--impl {name!r} is unknown", hint=f"one of {known}, or module:Class")
@@ -54,9 +60,11 @@ def resolve(name: str) -> Implementation:
         UnknownImplementation: the module has no such class, or is none of ours.
     """
     module, _, class_name = _BUILT_IN.get(name, name).partition(":")
+    if module == MUTANT:
+        module = "parity.implementations.mutants"
     _put_here_on_path()
     try:
-        return getattr(importlib.import_module(module), class_name)()
+        return _find(module, class_name)()
     except (ImportError, AttributeError) as error:
         raise UnknownImplementation(
             f"--impl {name!r}: {error}", hint="module:Class, with no constructor arguments"
@@ -68,3 +76,8 @@ def _put_here_on_path() -> None:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
+
+
+def _find(module: str, class_name: str) -> type[Implementation]:
+    found = importlib.import_module(module)
+    return found.MUTANTS[class_name] if module == "parity.implementations.mutants" else getattr(found, class_name)

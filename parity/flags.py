@@ -1,0 +1,106 @@
+"""Known bugs by name: what is wrong, what it does, where it was seen. Each has a mutant that the suite must kill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A bug that somebody shipped, or that sharding invites."""
+
+    name: str
+    """As SPEC.md and reports cite it."""
+    bug: str
+    """What the code does."""
+    effect: str
+    """What a user gets."""
+    source: str
+    """Where it was seen, or what invites it."""
+    clauses: tuple[str, ...]
+    """What it violates."""
+
+
+FLAGS = {
+    flag.name: flag
+    for flag in (
+        Flag(
+            "NormNotDetached",
+            "differentiates through the norm",
+            "outputs are right, gradients of A and B are not",
+            "four small JAX ports",
+            ("D5",),
+        ),
+        Flag("AlphaIgnored", "takes the scaling to be 1", "the adapter's share is wrong", "fsdp_qlora#68", ("D1",)),
+        Flag(
+            "NormAxis",
+            "takes the norm over the output axis",
+            "rows are scaled by other rows' norms",
+            "peft#2348, NVlabs/DoRA#11",
+            ("D3",),
+        ),
+        Flag(
+            "NormOfDeltaOnly",
+            "takes the norm of s B A instead of W + s B A",
+            "c explodes near the start",
+            "dora-from-scratch#3, torchtune#893",
+            ("D2", "D3"),
+        ),
+        Flag(
+            "MagnitudeFromWrongWeight",
+            "starts m from the weight before it was quantised",
+            "the layer does not start neutral",
+            "mlx-examples#832",
+            ("D6",),
+        ),
+        Flag(
+            "MagnitudeDtype",
+            "holds the magnitude in bfloat16",
+            "small updates are no-ops",
+            "trl#7268",
+            ("D11",),
+        ),
+        Flag("BiasScaled", "scales the bias too", "outputs are off by (c - 1) b", "torchtune, fsdp_qlora", ("D8",)),
+        Flag("NibbleSwap", "packs element 0 in the low nibble", "neighbours change places", "ports of NF4", ("Q3",)),
+        Flag("Nf4TieUp", "rounds a tie to the upper code", "bytes differ at midpoints", "ports of NF4", ("Q5",)),
+        Flag(
+            "StorageCast",
+            "casts packed bytes to another 16-bit dtype on the wire",
+            "finite garbage, no warning",
+            "bitsandbytes#1945",
+            ("S6",),
+        ),
+        Flag("SumForMean", "sums gradients over ranks", "gradients world times too large", "FSDP's divisor", ("S3",)),
+        Flag(
+            "MagnitudeGradNotReduced",
+            "never reduces the magnitude's gradient across ranks",
+            "magnitudes drift apart, or follow one rank's data",
+            "axolotl (S11)",
+            ("S3", "S11"),
+        ),
+        Flag("ShardSwap", "gives two ranks each other's shard", "parameters are permuted", "resharding", ("S1",)),
+        Flag("ChunkFloor", "cuts dim 0 by floor instead of ceil", "indices are off", "hand-made sharding", ("S1",)),
+        Flag(
+            "AlignmentIgnored",
+            "lays members out without their alignment",
+            "indices are off after the first member",
+            "hand-made flat parameters",
+            ("S2",),
+        ),
+        Flag("OneRankHalved", "halves the gradient on one rank", "one slice learns slowly", "loss scaling", ("S3",)),
+        Flag(
+            "StaleNorm",
+            "keeps the norm of the first step",
+            "right at first, wrong from the second step on",
+            "caching",
+            ("D2", "D3"),
+        ),
+        Flag(
+            "AdapterCastOnWire",
+            "lets param_dtype reach A, B and the magnitude",
+            "|c - 1| of 3e-3 at the start",
+            "FSDP mixed precision",
+            ("D11",),
+        ),
+    )
+}

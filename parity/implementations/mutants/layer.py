@@ -1,0 +1,184 @@
+"""Bugs of the layer: D1 to D8, D11. They are as wrong unsharded as sharded, so the oracle must find them.
+
+Axes: O out, I in, R rank, T tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from parity.case import Case
+from parity.implementations.mutants.base import Mutant
+from parity.ranks import Place
+from torch_impl import inject, layers
+
+_right_norm: Callable[..., Tensor] = layers.weight_norm
+_Product = layers.DoraProduct
+
+
+class NormNotDetached(Mutant):
+    """Adds to the gradients of A and B what reaches them through the norm."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Wrap the backward pass."""
+        return mock.patch.object(_Product, "backward", staticmethod(_backward_through_norm))
+
+
+_right_backward = _Product.backward
+
+
+def _backward_through_norm(ctx: object, G: Tensor) -> tuple[Tensor | None, ...]:
+    *before, dA, dB, dm, after = _right_backward(ctx, G)
+    _, _, _, c, n, A, B, stored = ctx.saved_tensors
+    scaling = ctx.arithmetic.scaling
+    V = ctx.arithmetic.decode(stored, dtype=torch.float32) + scaling * B @ A
+    dV = -(c * dm / n)[:, None] * V
+    return (*before, dA + scaling * B.T @ dV, dB + scaling * dV @ A.T, dm, after)
+
+
+class AlphaIgnored(Mutant):
+    """Every layer's scaling is 1."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Overwrite the scaling when a layer is made."""
+        return _after_init(lambda layer: setattr(layer, "scaling", 1.0))
+
+
+class NormAxis(Mutant):
+    """The norm of each column instead of each row."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Another norm."""
+        return mock.patch.object(layers, "weight_norm", _column_norm)
+
+
+def _column_norm(W: Tensor, A: Tensor, B: Tensor, *, scaling: float) -> Tensor:
+    columns = torch.linalg.vector_norm(W.float() + scaling * B @ A, dim=0)
+    return columns[torch.arange(W.shape[0], device=W.device) % W.shape[1]]
+
+
+class NormOfDeltaOnly(Mutant):
+    """The norm of s B A alone."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Another norm."""
+        return mock.patch.object(layers, "weight_norm", _norm_of_delta)
+
+
+def _norm_of_delta(W: Tensor, A: Tensor, B: Tensor, *, scaling: float) -> Tensor:
+    return _right_norm(torch.zeros_like(W), A, B, scaling=scaling)
+
+
+class StaleNorm(Mutant):
+    """The norm is computed in each layer's first forward, and kept."""
+
+    def __init__(self) -> None:
+        self._kept: dict[torch.Size, Tensor] = {}  # by the weight's shape: the layers of a stack differ in it
+
+    def build(self, case: Case, device: str) -> nn.Module:
+        """Forget what building the layers has computed: the first forward is still right."""
+        model = super().build(case, device)
+        self._kept.clear()
+        return model
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Another norm."""
+
+        def norm(W: Tensor, A: Tensor, B: Tensor, *, scaling: float) -> Tensor:
+            return self._kept.setdefault(W.shape, _right_norm(W, A, B, scaling=scaling))
+
+        return mock.patch.object(layers, "weight_norm", norm)
+
+
+class MagnitudeFromWrongWeight(Mutant):
+    """The magnitude starts from the weight before it was quantised."""
+
+    @contextlib.contextmanager
+    def planted(self, case: Case, place: Place) -> Iterator[None]:
+        """Keep the unquantised weight, and take the starting norm from it."""
+        make = inject.dora_linear
+
+        def keeping(linear: nn.Linear, *args: object, **options: object) -> nn.Module:
+            layer = make(linear, *args, **options)
+            layer.unquantised = linear.weight.detach().clone()
+            return layer
+
+        def reset(layer: nn.Module) -> None:
+            if hasattr(layer, "unquantised"):
+                norm = _right_norm(layer.unquantised, layer.lora_A, layer.lora_B, scaling=layer.scaling)
+                layer.magnitude.data.copy_(norm)
+
+        with (
+            mock.patch.object(inject, "dora_linear", keeping),
+            mock.patch.object(layers.DoraLinear, "reset_magnitude", reset),
+        ):
+            yield
+
+
+class MagnitudeDtype(Mutant):
+    """The forward sees the magnitude rounded to bfloat16."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Round what the ratio is made from; the other use of `ratio` divides a gradient, and is left alone."""
+        forward = _Product.forward
+
+        def rounding(ctx: object, arithmetic: object, stored: Tensor, *tensors: Tensor | None) -> Tensor:
+            x, A, B, m, bias = tensors
+            return forward(ctx, arithmetic, stored, x, A, B, m.bfloat16().float(), bias)
+
+        return mock.patch.object(_Product, "forward", staticmethod(rounding))
+
+
+class BiasScaled(Mutant):
+    """y = c * (x V' + b), forward and backward."""
+
+    @contextlib.contextmanager
+    def planted(self, case: Case, place: Place) -> Iterator[None]:
+        """Add c b instead of b, and to dm what that adds."""
+        forward, backward = _Product.forward, _Product.backward
+
+        def scaling_bias(ctx: object, arithmetic: object, stored: Tensor, *tensors: Tensor | None) -> Tensor:
+            *others, bias = tensors
+            y = forward(ctx, arithmetic, stored, *others, None)
+            ctx.bias = bias
+            return y if bias is None else y + ctx.to_save[3] * bias
+
+        def with_bias(ctx: object, G: Tensor) -> tuple[Tensor | None, ...]:
+            *before, dm, after = backward(ctx, G)
+            n = ctx.saved_tensors[4]
+            return (*before, dm if ctx.bias is None else dm + G.sum(0) * ctx.bias / n, after)
+
+        with (
+            mock.patch.object(_Product, "forward", staticmethod(scaling_bias)),
+            mock.patch.object(_Product, "backward", staticmethod(with_bias)),
+        ):
+            yield
+
+
+def _after_init(change: Callable[[nn.Module], None]) -> contextlib.AbstractContextManager[object]:
+    """Apply a change to every layer when it has been made."""
+    make = inject.dora_linear
+
+    def changed(*args: object, **options: object) -> nn.Module:
+        layer = make(*args, **options)
+        change(layer)
+        return layer
+
+    return mock.patch.object(inject, "dora_linear", changed)
+
+
+LAYER_MUTANTS = (
+    NormNotDetached,
+    AlphaIgnored,
+    NormAxis,
+    NormOfDeltaOnly,
+    MagnitudeFromWrongWeight,
+    MagnitudeDtype,
+    BiasScaled,
+    StaleNorm,
+)

@@ -1,0 +1,208 @@
+"""Bugs of sharding: S1 to S3, S11, D11. The unsharded twin is right, so link 2 must find them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+
+from parity.case import Case
+from parity.implementations import torch_stack
+from parity.implementations.mutants.base import Mutant, is_sharded
+from parity.ranks import Place
+from torch_impl import LocalShard, layers, local_shards, sharding
+
+_ADAPTER = ("lora_A", "lora_B", "magnitude")
+
+
+class SumForMean(Mutant):
+    """The reduction sums and does not divide."""
+
+    def shard(self, model: nn.Module, case: Case) -> nn.Module:
+        """Set torch's own divisors to 1."""
+        model = super().shard(model, case)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+            if isinstance(module, FullyShardedDataParallel):
+                module._gradient_predivide_factor = 1.0  # noqa: SLF001 - the bug is in there
+                module._gradient_postdivide_factor = 1.0  # noqa: SLF001
+        return model
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """`shard` has done it."""
+        return contextlib.nullcontext()
+
+
+class OneRankHalved(Mutant):
+    """Rank 1 halves what it holds of each gradient."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """After each backward pass."""
+
+        def halve(shard: LocalShard) -> None:
+            if place.rank == 1:
+                shard.tensor.mul_(0.5)
+
+        return _settling(case, halve)
+
+
+class MagnitudeGradNotReduced(Mutant):
+    """Each rank keeps its own part of its own magnitude gradient."""
+
+    @contextlib.contextmanager
+    def planted(self, case: Case, place: Place) -> Iterator[None]:
+        """Remember the local gradients as they leave the layers, and put them back after the reduction."""
+        own: dict[int, Tensor] = {}
+        backward = layers.DoraProduct.backward
+
+        def remembering(ctx: object, G: Tensor) -> tuple[Tensor | None, ...]:
+            *before, dm, after = backward(ctx, G)
+            own[len(dm)] = dm.clone()  # the layers of a stack differ in `out`
+            return (*before, dm, after)
+
+        def restore(shard: LocalShard) -> None:
+            if shard.name.endswith("magnitude") and shard.global_shape[0] in own:
+                shard.tensor.copy_(own[shard.global_shape[0]][shard.index[0]])
+
+        with (
+            mock.patch.object(layers.DoraProduct, "backward", staticmethod(remembering)),
+            _settling(case, restore),
+        ):
+            yield
+
+
+class ShardSwap(Mutant):
+    """Ranks 0 and 1 hold each other's shards."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Exchange the values just before they are read."""
+
+        def swapped(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Iterator[LocalShard]:
+            shards = list(local_shards(model, optimizer))
+            yield from _exchanged(shards, place) if is_sharded(case) else shards
+
+        return mock.patch.object(torch_stack, "local_shards", swapped)
+
+
+def _exchanged(shards: list[LocalShard], place: Place) -> Iterator[LocalShard]:
+    """What ranks 0 and 1 hold of the same tensors, exchanged where both hold as much."""
+    gathered: list[dict[tuple[str, str], Tensor]] = [{}] * place.world
+    distributed.all_gather_object(gathered, {(shard.name, shard.kind): shard.tensor for shard in shards})
+    others = gathered[1 - place.rank] if place.rank in {0, 1} else {}
+    for shard in shards:
+        other = others.get((shard.name, shard.kind))
+        fits = other is not None and other.shape == shard.tensor.shape
+        yield dataclasses.replace(shard, tensor=other) if fits else shard
+
+
+class ChunkFloor(Mutant):
+    """Says that it holds `floor(d0 / world)` rows a rank, and the rest on the last."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Misplace FSDP2's shards."""
+
+        def misplaced(shard: LocalShard) -> LocalShard:
+            rows = shard.global_shape[0] // place.world
+            start = place.rank * rows
+            return dataclasses.replace(shard, index=(slice(start, start + len(shard.tensor)), *shard.index[1:]))
+
+        return _misplacing(case, misplaced)
+
+
+class AlignmentIgnored(Mutant):
+    """Computes FSDP1's ranges as if members followed each other without filler."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Shift what comes after the first member by the filler before it."""
+        align = 4  # 16 bytes of float32
+
+        def misplaced(shard: LocalShard) -> LocalShard:
+            (part,) = shard.index
+            if shard.name.rpartition(".")[2] not in _ADAPTER[1:] or part.start == part.stop:
+                return shard
+            return dataclasses.replace(shard, index=(slice(part.start + align, part.stop + align),))
+
+        return _misplacing(case, misplaced)
+
+
+class AdapterCastOnWire(Mutant):
+    """The adapter's unit has `param_dtype=bfloat16`, like the rest of the model."""
+
+    @contextlib.contextmanager
+    def planted(self, case: Case, place: Place) -> Iterator[None]:
+        """Give adapter units a policy."""
+
+        def casting(module: nn.Module, **options: object) -> nn.Module:
+            if isinstance(module, layers.DoraLinear):
+                options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)
+            return fully_shard(module, **options)
+
+        with (
+            mock.patch.object(sharding, "fully_shard", casting),
+            mock.patch.object(sharding, "FullyShardedDataParallel", _CastingFlat),
+            mock.patch.object(layers.DoraLinear, "_product", _widening_product),
+        ):
+            yield
+
+
+_right_product = layers.DoraLinear._product  # noqa: SLF001 - the bug is in there
+
+
+def _widening_product(layer: nn.Module, base: nn.Module, x: Tensor, *others: Tensor | None) -> Tensor:
+    """The layer computes in float32 with what has come over the wire in bfloat16."""
+    return _right_product(layer, base, x, *(other if other is None else other.float() for other in others))
+
+
+class _CastingFlat(FullyShardedDataParallel):
+    """FSDP1 that lets bfloat16 reach the adapter's unit."""
+
+    def __init__(self, module: nn.Module, **options: object) -> None:
+        if isinstance(module, layers.DoraLinear):
+            options["mixed_precision"] = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        super().__init__(module, **options)
+
+
+def _settling(case: Case, change: Callable[[LocalShard], None]) -> contextlib.AbstractContextManager[object]:
+    """Change gradient shards in place after each backward pass of a sharded case."""
+    right = torch_stack.settle_gradients
+
+    def settle(model: nn.Module, running: Case) -> None:
+        right(model, running)
+        for shard in local_shards(model) if is_sharded(case) else ():
+            if shard.kind == "gradient":
+                change(shard)
+
+    return mock.patch.object(torch_stack, "settle_gradients", settle)
+
+
+def _misplacing(case: Case, change: Callable[[LocalShard], LocalShard]) -> contextlib.AbstractContextManager[object]:
+    """Give other indices for the shards of a sharded case."""
+
+    def misplaced(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Iterator[LocalShard]:
+        for shard in local_shards(model, optimizer):
+            yield change(shard) if is_sharded(case) else shard
+
+    return mock.patch.object(torch_stack, "local_shards", misplaced)
+
+
+SHARDING_MUTANTS = (
+    SumForMean,
+    OneRankHalved,
+    MagnitudeGradNotReduced,
+    ShardSwap,
+    ChunkFloor,
+    AlignmentIgnored,
+    AdapterCastOnWire,
+)

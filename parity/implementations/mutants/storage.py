@@ -1,0 +1,78 @@
+"""Bugs of the 4-bit storage: Q3, Q5, S6."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from parity.case import Case
+from parity.implementations.mutants.base import Mutant
+from parity.ranks import Place
+from torch_impl import layers, quant, sharding
+
+_BLOCK = 64
+
+
+class NibbleSwap(Mutant):
+    """Element 0 goes to the low nibble."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Swap after bitsandbytes has packed."""
+        pack = quant.bnb.quantize_4bit
+
+        def swapped(*args: object, **options: object) -> tuple[Tensor, object]:
+            packed, state = pack(*args, **options)
+            return (packed >> 4) | (packed << 4), state
+
+        return mock.patch.object(quant.bnb, "quantize_4bit", swapped)
+
+
+class Nf4TieUp(Mutant):
+    """A tie goes to the upper code: every number but its block's largest is encoded as its upper neighbour."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Nudge before bitsandbytes encodes."""
+        pack = quant.bnb.quantize_4bit
+
+        def nudged(weight: Tensor, *args: object, **options: object) -> tuple[Tensor, object]:
+            up = torch.nextafter(weight, torch.full_like(weight, torch.inf))
+            return pack(torch.where(_largest(weight), weight, up), *args, **options)
+
+        return mock.patch.object(quant.bnb, "quantize_4bit", nudged)
+
+
+def _largest(weight: Tensor) -> Tensor:
+    """Which elements have their block's absmax."""
+    flat = weight.abs().flatten()
+    padded = torch.nn.functional.pad(flat, (0, -len(flat) % _BLOCK)).view(-1, _BLOCK)
+    return (padded == padded.amax(1, keepdim=True)).flatten()[: len(flat)].view(weight.shape)
+
+
+class StorageCast(Mutant):
+    """FSDP2 casts the bytes, stored as bfloat16, to float16 when it gathers them."""
+
+    @contextlib.contextmanager
+    def planted(self, case: Case, place: Place) -> Iterator[None]:
+        """Give packed units a policy, and take away the guard that would notice."""
+        decode = quant.decode
+
+        def unguarded(
+            stored: Tensor, tensors: dict, packed_format: quant.PackedFormat, *, dtype: torch.dtype
+        ) -> Tensor:
+            return decode(stored.view(packed_format.storage), tensors, packed_format, dtype=dtype)
+
+        def casting(module: nn.Module, **options: object) -> nn.Module:
+            if isinstance(module, layers.PackedBase):
+                options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.float16, cast_forward_inputs=False)
+            return fully_shard(module, **options)
+
+        with mock.patch.object(quant, "decode", unguarded), mock.patch.object(sharding, "fully_shard", casting):
+            yield
+
+
+STORAGE_MUTANTS = (NibbleSwap, Nf4TieUp, StorageCast)

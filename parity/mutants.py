@@ -1,0 +1,53 @@
+"""For each mutant: the cases it is run on, and the tensors whose checks must fail. Imports no framework.
+
+A pair that is missing here is right in spite of the bug: `dm` of the last layer under NormNotDetached and
+MagnitudeDtype, A under AlignmentIgnored (the first member needs no filler), A and B where only magnitudes are hurt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a mutant is tried."""
+
+    keep: str
+    """The cases of the quick tier, as `-k` has them."""
+    kills: tuple[tuple[str, str], ...]
+    """(kind, tensor's last word) of checks that must fail, each at least once."""
+
+
+_UNSHARDED = "stack/bound/torch_impl/none-w1/uneven/float32-float32/plain"
+_ONE_HOT = "stack/one-hot and w3/uneven/float32-float32/plain"
+_GRADIENTS = (("gradient", "lora_A"), ("gradient", "lora_B"), ("gradient", "magnitude"))
+_MATRICES = _GRADIENTS[:2]
+
+PLANS = {
+    "NormNotDetached": Plan(_UNSHARDED, _MATRICES),
+    "AlphaIgnored": Plan(_UNSHARDED, _GRADIENTS),
+    "NormAxis": Plan(_UNSHARDED, _GRADIENTS),
+    "NormOfDeltaOnly": Plan(_UNSHARDED, _GRADIENTS),
+    "MagnitudeFromWrongWeight": Plan(
+        "stack/start/torch_impl/none-w1/uneven/nf4-float32", (("parameter", "magnitude"),)
+    ),
+    "MagnitudeDtype": Plan(_UNSHARDED, _MATRICES),
+    "BiasScaled": Plan("stack/bound/torch_impl/none-w1/uneven/float32-float32/bias", (("gradient", "magnitude"),)),
+    "NibbleSwap": Plan("codec and uneven/nf4-float32/plain", (("packed", "weight"), ("decoded", "weight"))),
+    "Nf4TieUp": Plan("codec and ties", (("packed", "weight"), ("decoded", "weight"))),
+    "StorageCast": Plan("stack/one-hot and fsdp2-w3/uneven/nf4-float32/plain", _GRADIENTS),
+    "SumForMean": Plan(_ONE_HOT, _GRADIENTS),
+    "MagnitudeGradNotReduced": Plan(_ONE_HOT, (("gradient", "magnitude"),)),
+    "ShardSwap": Plan(_ONE_HOT, (*_GRADIENTS, ("parameter", "lora_B"))),
+    "ChunkFloor": Plan("stack/one-hot and fsdp2-w3/uneven/float32-float32/plain", (("layout", "lora_B"), *_MATRICES)),
+    "AlignmentIgnored": Plan(
+        "stack/one-hot and fsdp1-orig-w3/uneven/float32-float32/plain", (("layout", "magnitude"), *_GRADIENTS[1:])
+    ),
+    "OneRankHalved": Plan(_ONE_HOT, _GRADIENTS),
+    "StaleNorm": Plan(_UNSHARDED, _GRADIENTS),
+    "AdapterCastOnWire": Plan(_ONE_HOT, _GRADIENTS),
+}
+
+CONTROLS = ("NormNotDetached", "SumForMean", "MagnitudeGradNotReduced", "NibbleSwap", "OneRankHalved", "StaleNorm")
+"""The mutants that every `run` tries (link 5)."""
