@@ -233,7 +233,10 @@ def _power_of_two(largest_O: Float[Array, " O"]) -> Float[Array, " O"]:
 
 
 def _as_stored(n_O: Float[Array, " O"]) -> Float[Array, " O"]:
-    """The same number, in a form that XLA does not see through: it would turn m / sqrt(q) into m * rsqrt(q) (D12)."""
+    """The same number, in a form that XLA does not see through: it would turn m / sqrt(q) into m * rsqrt(q) (D12).
+
+    On CPU the choice between zero and root in `weight_norm` hides the root as well; other compilers promise nothing.
+    """
     limits = jnp.finfo(n_O.dtype)
 
     return lax.reduce_precision(n_O, exponent_bits=limits.nexp, mantissa_bits=limits.nmant)

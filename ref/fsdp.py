@@ -360,10 +360,10 @@ def _rank_step(
 
 
 def _held_by(rank: int, padded: Adapter, like: Adapter, *, world_size: int) -> Adapter:
-    """S1: one rank's rows of an adapter's gradient, the padding taken off."""
-    return jax.tree.map(
-        lambda rows, whole: shard(jnp.asarray(rows)[: whole.shape[0]], world_size=world_size, rank=rank), padded, like
-    )
+    """S1: one rank's rows of an adapter's gradient, the padding, which lies behind all rows, left out."""
+    rows = partial(fsdp2_row_range, world_size=world_size, rank=rank)
+
+    return jax.tree.map(lambda array, whole: jnp.asarray(array[rows(whole.shape[0])]), padded, like)
 
 
 def _pad_rows(array_D: Num[Array, "D *K"], world_size: int) -> Num[Array, "P *K"]:

@@ -231,6 +231,28 @@ def test_d11_adapter_stays_wide_under_a_narrow_compute_dtype() -> None:
     assert y_TO.tolist() == (x_TI @ W_OI.T).tolist()
 
 
+def test_d11_ratio_is_float32_under_a_narrow_compute_dtype() -> None:
+    """With bf16 inputs and weights the products are bf16 and the ratio on them is that of the float32 adapter."""
+    x_TI, W_OI, _ = layer(33, 40, 2)
+    x_TI, W_OI = x_TI.astype(jnp.bfloat16), W_OI.astype(jnp.bfloat16)
+    m_O = 1 + jnp.abs(gaussian(33, dtype=jnp.float32))
+    adapter = Adapter(gaussian(2, 40, dtype=jnp.float32), jnp.zeros((33, 2), jnp.float32), m_O)
+
+    y_TO = dora.forward(x_TI, W_OI, adapter, scaling=S)
+
+    c_O = m_O / dora.weight_norm(W_OI.astype(jnp.float32))
+    assert y_TO.tolist() == (c_O[None, :] * (x_TI @ W_OI.T).astype(jnp.float32)).astype(jnp.bfloat16).tolist()
+
+
+def test_d12_stored_norm_is_divided_by() -> None:
+    """Jitted together, a root and a division by it give 1 where numerator and root are equal: no reciprocal root."""
+    squares_O = jnp.square(gaussian(512, dtype=jnp.float32)) + 1
+
+    c_O = jax.jit(lambda m_O, squares_O: m_O / dora._as_stored(jnp.sqrt(squares_O)))(jnp.sqrt(squares_O), squares_O)
+
+    assert c_O.tolist() == [1.0] * 512
+
+
 @DTYPES
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jitted"])
 @pytest.mark.parametrize(("out", "width"), [(1, 1), (65, 64), (33, 577)], ids=["1x1", "65x64", "33x577"])
@@ -300,6 +322,14 @@ def test_d13_factored_norm_outside_its_range(W: float, A: float, B: float) -> No
     n_O = dora.factored_weight_norm(W_OI, A_RI, B_OR, scaling=S)
 
     assert n_O.tolist() == dora.weight_norm(dora.direction(W_OI, A_RI, B_OR, scaling=S)).tolist()
+
+
+def test_d13_factored_norm_with_squares_partly_lost() -> None:
+    """A row of which some squares underflow and others do not gives the direct norm, with no term missing."""
+    W_OI = jnp.asarray([[1.2e-19, 1e-19, 1e-19, 1e-19]], jnp.float32)
+    A_RI, B_OR = jnp.zeros((1, 4), jnp.float32), jnp.zeros((1, 1), jnp.float32)
+
+    assert dora.factored_weight_norm(W_OI, A_RI, B_OR, scaling=S).tolist() == dora.weight_norm(W_OI).tolist()
 
 
 def test_d3_no_rows_have_no_norms() -> None:

@@ -301,6 +301,7 @@ def batches(layers: list[Layer], world_size: int) -> tuple[Array, Array]:
     return tuple(jnp.asarray(random.integers(-2, 3, shape), layers[0].weight.dtype) for shape in shapes)
 
 
+@jax.jit
 def unsharded(layers: list[Layer], x_NTI: Array, G_NTO: Array) -> tuple[Array, list[Adapter]]:
     """One device, one batch, the sum over all tokens."""
 
@@ -309,7 +310,7 @@ def unsharded(layers: list[Layer], x_NTI: Array, G_NTO: Array) -> tuple[Array, l
         return fsdp.stack(x_NTI.reshape(-1, x_NTI.shape[2]), adapted, relu=True)
 
     y_TO, pull_back = jax.vjp(outputs, [layer.adapter for layer in layers])
-    return y_TO.reshape(G_NTO.shape), pull_back(y_TO * 0 + G_NTO.reshape(y_TO.shape))[0]
+    return y_TO.reshape(G_NTO.shape), pull_back(G_NTO.reshape(y_TO.shape))[0]
 
 
 @cache
