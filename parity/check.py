@@ -133,10 +133,11 @@ def _compare(got: np.ndarray, want: np.ndarray, mode: Mode, limit: np.ndarray | 
         return _Comparison(passed=True, worst=0.0, limit=0.0, ratio=0.0, at=())
     if mode == "norm":
         return _compare_norm(got, want, float(limit))  # type: ignore[arg-type]
-    error = np.abs(got.astype(np.float64) - want.astype(np.float64))
+    with np.errstate(invalid="ignore"):  # packed bytes seen as bfloat16 may be infinite or no number at all
+        error = np.asarray(np.abs(got.astype(np.float64) - want.astype(np.float64)))
     if mode == "bound":
         return _compare_bound(error, np.asarray(limit))
-    differs = _bits(got) != _bits(want) if mode == "bits" else ~(got == want)
+    differs = np.asarray(_bits(got) != _bits(want) if mode == "bits" else ~(got == want))
     at = _argmax(np.where(differs, np.where(np.isfinite(error), error, np.inf), -1.0))
     passed = not bool(differs.any())
     return _Comparison(passed=passed, worst=float(error[at]), limit=0.0, ratio=0.0 if passed else None, at=at)
@@ -166,11 +167,11 @@ def _ratio(worst: float, limit: float) -> float | None:
 
 
 def _argmax(values: np.ndarray) -> tuple[int, ...]:
-    return tuple(int(i) for i in np.unravel_index(int(np.argmax(values)), values.shape))
+    return tuple(int(i) for i in np.unravel_index(int(np.argmax(values)), values.shape)) if values.ndim else ()
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+    return np.asarray(array, order="C").view(f"u{array.dtype.itemsize}")
 
 
 def _vacuous(shard: Shard, expected: Expected, want: np.ndarray, limit: np.ndarray | float | None) -> str:

@@ -14,7 +14,7 @@ from jax import Array
 
 from parity import bounds
 from parity.case import Case
-from parity.inputs import stack_inputs
+from parity.inputs import deal_tokens, stack_inputs
 from parity.oracle.prediction import Prediction, Predictions
 from parity.oracle.weights import weight_used
 from ref import dora, training
@@ -151,6 +151,7 @@ def _bounds(case: Case) -> dict:
         momentum=case.momentum,
         steps=case.steps,
         world=case.world,
+        tokens=[part.stop - part.start for part in deal_tokens(case.tokens, case.world)],
         d9=case.subject == "peft",
     )
     return {
