@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from torch_impl import quant
 from torch_impl.config import DoraConfig
@@ -123,6 +124,7 @@ class PackedBase(nn.Module):
     def __init__(self, stored: Tensor, state: dict[str, Tensor], packed_format: quant.PackedFormat) -> None:
         super().__init__()
         self.weight = nn.Parameter(stored, requires_grad=False)
+        self.stored_shape = stored.shape
         self.format = packed_format
         self.state_names = tuple(state)
         for name, tensor in state.items():
@@ -148,16 +150,22 @@ class PackedBase(nn.Module):
         return work(self, *tensors)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedBase":
-        """S6: `model.to(dtype)` moves the bytes and the quant state, and casts neither."""
+        """S6: `model.to(dtype)` moves the bytes and the quant state, and casts neither.
+
+        Raises:
+            StorageError: the weight is sharded, and no longer this module's to move.
+        """
         del recurse  # there are no children
-        for name, tensor in [("weight", self.weight), *((n, getattr(self, n)) for n in self.state_names)]:
-            if type(tensor.data) is not Tensor and name == "weight":
-                raise StorageError("a sharded packed weight can't be moved", hint="move the model before shard_model")
-            moved = fn(tensor.data.reshape(-1).view(torch.uint8)).view(tensor.dtype).reshape(tensor.shape)
-            if name == "weight":
-                self.weight = nn.Parameter(moved, requires_grad=False)
-            else:
-                setattr(self, name, moved)
+        weight = self._parameters.get("weight")
+        if weight is None or weight.shape != self.stored_shape or isinstance(weight, DTensor):
+            raise StorageError("a sharded packed weight can't be moved or cast", hint="do it before shard_model")
+
+        def move(tensor: Tensor) -> Tensor:
+            return fn(tensor.reshape(-1).view(torch.uint8)).view(tensor.dtype).reshape(tensor.shape)
+
+        self.weight = nn.Parameter(move(weight.data), requires_grad=False)
+        for name in self.state_names:
+            setattr(self, name, move(getattr(self, name)))
         return self
 
 

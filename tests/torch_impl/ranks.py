@@ -7,13 +7,14 @@ takes longer than TIMEOUT seconds fails the call with its traceback, and its poo
 import importlib
 import multiprocessing
 import tempfile
+import time
 import traceback
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 90.0
+TIMEOUT = 60.0
 _PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "torch_impl"]
 
 
@@ -64,18 +65,26 @@ class _Pool:
         """One answer a rank, in rank order."""
         for pipe in self.pipes:
             pipe.send((target, keywords))
-        answers = [pipe.recv() if pipe.poll(TIMEOUT) else (False, f"no answer in {TIMEOUT} s") for pipe in self.pipes]
-        for rank, (ok, value) in enumerate(answers):
-            if not ok:
-                raise RankFailedError(f"rank {rank}: {value}")
-        return [value for _, value in answers]
+        answers: dict[int, Any] = {}
+        deadline = time.monotonic() + TIMEOUT
+        while len(answers) < len(self.pipes):
+            waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in answers]
+            ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise RankFailedError(f"ranks {[self.pipes.index(p) for p in waiting]}: no answer in {TIMEOUT} s")
+            for pipe in ready:  # the first failure ends the call: the others may be waiting for that rank
+                rank = self.pipes.index(pipe)
+                ok, answers[rank] = pipe.recv()
+                if not ok:
+                    raise RankFailedError(f"rank {rank}: {answers[rank]}")
+        return [answers[rank] for rank in range(len(self.pipes))]
 
     def close(self) -> None:
         """End the ranks."""
         for pipe in self.pipes:
             pipe.close()
         for member in self.members:
-            member.join(2)
+            member.join(0.5)
             if member.is_alive():
                 member.kill()
                 member.join()

@@ -124,13 +124,13 @@ def test_d4_norm_is_zero_only_where_every_entry_is() -> None:
     assert (norm == 0).tolist() == [True, False, True, False]
 
 
-def test_d4_norm_has_the_same_bits_wherever_the_weight_lies() -> None:
-    """With B = 0 the norm does not depend on the weight's address, so that c stays 1 after sharding (D12)."""
-    W = torch.randn(33, 577, generator=torch.Generator().manual_seed(3))
-    A, B = torch.randn(2, 577), torch.zeros(33, 2)
-    moved = torch.cat([torch.zeros(1), W.flatten()])[1:].view_as(W)
+def test_d4_a_row_below_float32_is_not_zero() -> None:
+    """Where V's entries are products of 1e-60, n is the smallest float32, not 0: only a zero row has n = 0."""
+    A, B = torch.full((1, 3), 1e-30), torch.tensor([[1e-30], [0.0]])
 
-    assert torch.equal(weight_norm(W, A, B, scaling=1.0), weight_norm(moved, A, B, scaling=1.0))
+    norm = weight_norm(torch.zeros(2, 3), A, B, scaling=1.0)
+
+    assert norm.tolist() == [2.0**-149, 0.0]
 
 
 def test_d7_ratio_is_zero_where_the_norm_is() -> None:

@@ -47,6 +47,9 @@ REFUSED = {
     "sharded-twice": ("fsdp2", "ShardingError", "sharded already"),
     "no-adapter": ("fsdp2", "ShardingError", "no DoRA layer"),
     "late-reset": ("fsdp1", "ShardingError", "reset_magnitude needs the whole layer"),
+    "late-cast": ("fsdp2", "StorageError", "a sharded packed weight can't be moved or cast"),
+    "late-cast-flat": ("fsdp1", "StorageError", "a sharded packed weight can't be moved or cast"),
+    "late-cast-orig": ("fsdp1-orig", "StorageError", "a sharded packed weight can't be moved or cast"),
     "late-merge": ("fsdp1-orig", "ShardingError", "a sharded model can't be merged"),
 }
 

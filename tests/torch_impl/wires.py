@@ -28,7 +28,7 @@ def _seen_by_products(model: nn.Module) -> list[tuple[torch.Tensor, ...]]:
     for layer in (m for m in model.modules() if isinstance(m, DoraLinear)):
         plain = layer._product
 
-        def record(base: nn.Module, *tensors: torch.Tensor, plain=plain) -> torch.Tensor:  # noqa: ANN001 - a default
+        def record(base: nn.Module, *tensors: torch.Tensor, plain=plain) -> torch.Tensor:
             seen.append((base.weight.detach().clone(), *(None if t is None else t.detach().clone() for t in tensors)))
             return plain(base, *tensors)
 
@@ -112,6 +112,8 @@ def _refused(name: str, strategy: str) -> None:
         shard_model(shard_model(build(Stack()), config), config)
     elif name == "no-adapter":
         shard_model(onehot.Net(Stack()), config)
+    elif name.startswith("late-cast"):
+        shard_model(build(Stack(quant=QuantConfig())), config).to(torch.float16)
     elif name == "late-reset":
         model = shard_model(build(Stack()), config)
         next(m for m in model.modules() if isinstance(m, DoraLinear)).reset_magnitude()
