@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from torch_impl import DoraConfig, QuantConfig, ShardConfig, apply_dora, shard_model
+from torch_impl import DoraConfig, QuantConfig, ShardConfig, apply_dora, local_shards, shard_model
 
 
 def build(kind: str) -> nn.Module:
@@ -23,8 +23,9 @@ def build(kind: str) -> nn.Module:
         use_cache=False,
     )
     model = LlamaForCausalLM(config).to(torch.bfloat16 if kind.endswith("bf16") else torch.float32)
+    compute_dtype = torch.bfloat16 if kind == "f32-bf16-compute" else None
     quant = QuantConfig() if kind.startswith("nf4") else None
-    model = apply_dora(model, DoraConfig(rank=3, alpha=6, quant=quant))
+    model = apply_dora(model, DoraConfig(rank=3, alpha=6, quant=quant, compute_dtype=compute_dtype))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("lora_B"):
@@ -57,3 +58,14 @@ def run(*, rank: int, world: int, strategy: str, kind: str) -> Evidence:
             optimizer.step()
         _compare(evidence, whole, sharded, optimizers, kinds=("parameter", "optimizer:momentum_buffer"))
     return evidence
+
+
+def trains_with_param_dtype(*, rank: int, world: int, strategy: str) -> bool:
+    """A float32 network, bf16 on the wire and in compute: gradients of float32 adapters, finite and not zero."""
+    torch.manual_seed(11)
+    model = build("f32-bf16-compute")
+    model = shard_model(model, ShardConfig(strategy=strategy, param_dtype=torch.bfloat16))
+    loss_of(model, step=0, owner=rank).backward()
+    gradients = [s.tensor for s in local_shards(model) if s.kind == "gradient"]
+    assert {g.dtype for g in gradients} == {torch.float32}
+    return all(bool(torch.isfinite(g).all()) for g in gradients) and any(bool(g.any()) for g in gradients) and world > 1
