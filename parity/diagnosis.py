@@ -32,6 +32,11 @@ def _resemblance(result: CaseResult, failed: list[Check]) -> str:
         return "SumForMean, WorldTimesTooMuch: gradients are the world size too large (S3)"
     if factors and _all_near(factors, 0.5) and len(ranks) == 1:
         return f"OneRankHalved: rank {min(ranks)} has half of its gradient"
+    return _by_tensor(wrong)
+
+
+def _by_tensor(wrong: set[tuple[str, str]]) -> str:
+    """By which tensors are wrong, (kind, last word of the name)."""
     gradients = {leaf for kind, leaf in wrong if kind == "gradient"}
     if gradients == {"magnitude"}:
         return "MagnitudeGradNotReduced: only magnitude gradients are wrong (S11)"

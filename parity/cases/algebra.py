@@ -1,4 +1,4 @@
-"""Link 1: reference autodiff, the closed form, differences of the norm-frozen surrogate, and peft as outside witness."""
+"""Link 1: autodiff, closed form, differences of the norm-frozen surrogate, and peft as the outside witness."""
 
 from __future__ import annotations
 

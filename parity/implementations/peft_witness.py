@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
@@ -43,7 +45,7 @@ class _Renamed(nn.Module):
         """As peft computes it."""
         return self.model(x)
 
-    def named_parameters(self, *_: object, **__: object):
+    def named_parameters(self, *_: object, **__: object) -> Iterator[tuple[str, nn.Parameter]]:
         """The same parameters under our names."""
         return ((our_name(name), parameter) for name, parameter in self.model.named_parameters())
 

@@ -1,4 +1,4 @@
-"""What the pipeline asks of an implementation. A third party writes a class of this form, or subclasses `TorchStack`."""
+"""What the pipeline asks of an implementation: a third party writes this form, or subclasses `TorchStack`."""
 
 from __future__ import annotations
 

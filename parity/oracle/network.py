@@ -1,7 +1,9 @@
-"""The oracle of a pretrained network: the reference Llama in float64, and how far rounding noise moves each gradient."""
+"""The oracle of a pretrained network: the reference Llama in float64, and how far rounding moves each gradient."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -32,29 +34,27 @@ def predict_network(case: Case, model: Path, offsets: Offsets) -> Predictions:
     """The gradient of every adapter, with 32 times its sensitivity as the limit on the 2-norm of the difference."""
     config = llama.LlamaConfig.from_json(model / "config.json")
     parameters, adapters, shifts = _network(case, model, config, offsets)
-    tokens, targets, weights = _batch(case, model)
-    total, scaling = predicted_tokens(case, model), dora.scaling(case.alpha, case.rank)
-
-    def gradients(adapters: dict[str, Adapter], parameters: llama.Parameters) -> dict[str, Adapter]:
-        return jax.grad(
-            lambda adapters: llama.loss(
-                parameters,
-                tokens,
-                targets,
-                config,
-                weights_BS=weights,
-                total=total,
-                adapters=adapters,
-                scaling=scaling,
-            )
-        )(adapters)
-
-    exact, moved = responses(gradients, (adapters, parameters), unit=_UNIT, seeds=_SEEDS)
+    arguments = (adapters, parameters, *_batch(case, model), jnp.float64(predicted_tokens(case, model)))
+    gradients = _gradients(model, dora.scaling(case.alpha, case.rank))
+    exact, moved = responses(gradients, arguments, unit=_UNIT, seeds=_SEEDS)
     return shifts | {
         (1, "gradient", f"{name}.{factor}"): _prediction(getattr(exact[name], factor), getattr(moved[name], factor))
         for name in exact
         for factor in FACTORS
     }
+
+
+@functools.lru_cache
+def _gradients(model: Path, scaling: float) -> Callable[..., dict[str, Adapter]]:
+    """One function for all cases of a checkpoint, so that it is compiled once."""
+    config = llama.LlamaConfig.from_json(model / "config.json")
+
+    def loss(adapters: dict[str, Adapter], parameters: llama.Parameters, *batch: Array) -> Array:
+        tokens, targets, weights, total = batch
+        options = {"weights_BS": weights, "total": total, "adapters": adapters, "scaling": scaling}
+        return llama.loss(parameters, tokens, targets, config, **options)
+
+    return jax.grad(loss)
 
 
 def _prediction(value: Array, response: float) -> Prediction:

@@ -1,21 +1,24 @@
 """How far rounding noise moves a whole network's results: the `sensitivity` tolerance, measured on the oracle itself.
 
-A function is traced to its jaxpr and evaluated again with noise behind each product, forward and backward alike:
+A function is traced to its jaxpr and evaluated again with noise behind each operation that rounds:
 
-    product -> product * (1 + unit * xi),        xi uniform in [-1, 1], independent for every element
+    result -> result * (1 + unit * xi),        xi uniform in [-1, 1], independent for every element
 
-that is, every product rounded once to the format whose unit roundoff is `unit`. The root mean square of the responses
-over fixed seeds says what an implementation in that format may differ by, per tensor in the 2-norm. The noise is put
-into the oracle, so nothing here has seen an implementation.
+that is, every result rounded once to the format whose unit roundoff is `unit`: matrix products and sums (once, at their
+end), and elementwise arithmetic and functions. Noise behind matrix products alone misses most of it: on two blocks of
+SmolLM2 it moves gradients 4.5 times less in the median and up to 9 times less, since a norm, a softmax or a sum over
+tokens rounds as well. The root mean square of the responses over fixed seeds says what an implementation in that format
+may differ by, per tensor in the 2-norm. The noise is put into the oracle, so nothing here has seen an implementation.
 
-A product that `jax.checkpoint` computes again in the backward pass gets fresh noise there, where an implementation
-repeats the same bits: the response is that of independent roundings.
+What `jax.checkpoint` computes again in the backward pass gets fresh noise there, where an implementation repeats the
+same bits: the response is that of independent roundings.
 
 DESIGN, Tolerances: at most `FACTOR` times the response; skipped where that exceeds a `SHARE` of the tensor's norm.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any, Final
 
@@ -35,24 +38,31 @@ FACTOR: Final = 32.0
 SHARE: Final = 0.1
 """The part of the tensor's 2-norm beyond which that tolerance would say nothing, and the check is skipped."""
 
-PRODUCTS: Final = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
+ROUNDING: Final = frozenset(
+    {"dot_general", "conv_general_dilated", "ragged_dot_general", "reduce_sum", "cumsum"}
+    | {"add", "add_any", "sub", "mul", "div", "square", "integer_pow", "pow", "sqrt", "rsqrt"}
+    | {"exp", "exp2", "expm1", "log", "log1p", "logistic", "tanh", "erf", "sin", "cos"}
+)
+"""The primitives whose floating results are rounded; all others only move, choose or compare numbers."""
+_COMBINERS: Final = frozenset({"scatter-add", "scatter_add", "reduce", "reduce_window", "select_and_scatter_add"})
+"""Primitives that say by an inner jaxpr how they combine two numbers: that addition is not noised."""
 _CALLS: Final = ("call_jaxpr", "fun_jaxpr", "jaxpr")
 """Where a primitive that only calls keeps what it calls: jit, checkpoint, custom_jvp_call, custom_vjp_call."""
 
 
 class SensitivityError(ParityError):
-    """A function whose products can't all be given noise."""
+    """A function whose roundings can't all be given noise."""
 
 
 def noisy(fn: Callable[..., Any], *, unit: float) -> Callable[..., Any]:
-    """The function `(key, *args) -> fn(*args)` with rounding noise after each product; may be jitted.
+    """The function `(key, *args) -> fn(*args)` with noise after each operation that rounds; may be jitted.
 
     Args:
         fn: any traceable function of arrays, gradients included (`jax.grad(loss)`).
         unit: the unit roundoff of the noise; 0 gives `fn` itself.
 
     Raises:
-        SensitivityError: where a product is too coarse to hold the noise, or sits in a primitive that is unknown here.
+        SensitivityError: where a result is too coarse to hold the noise, or arises in a primitive that is unknown here.
     """
 
     def with_noise(key: Array, *args: Any) -> Any:
@@ -81,7 +91,7 @@ def responses(fn: Callable[..., Any], args: Sequence[Any], *, unit: float, seeds
     """
     if not seeds:
         raise SensitivityError("no seed was given", hint="give one or more, fixed, seeds")
-    run = jax.jit(lambda key, level, *arguments: _evaluated(fn, key, level, arguments, resolution=unit))
+    run = _compiled(fn, unit)
     exact = run(jax.random.key(0), 0.0, *args)
     leaves, structure = jax.tree.flatten(exact)
     squares = np.zeros(len(leaves))
@@ -89,6 +99,12 @@ def responses(fn: Callable[..., Any], args: Sequence[Any], *, unit: float, seeds
         moved = jax.tree.leaves(run(jax.random.key(seed), unit, *args))
         squares += [float(np.sum(np.square(np.asarray(m - e)))) for m, e in zip(moved, leaves, strict=True)]
     return exact, jax.tree.unflatten(structure, [math.sqrt(s / len(seeds)) for s in squares])
+
+
+@functools.lru_cache
+def _compiled(fn: Callable[..., Any], unit: float) -> Callable[..., Any]:
+    """The jitted `(key, level, *args)`, level being the noise's unit: kept, since tracing and compiling take seconds."""
+    return jax.jit(lambda key, level, *arguments: _evaluated(fn, key, level, arguments, resolution=unit))
 
 
 def skip_reason(response: float, norm: float) -> str | None:
@@ -116,27 +132,27 @@ def _evaluated(
 
 
 def _run(closed: ClosedJaxpr | Jaxpr, key: Array, unit: float | Array, arguments: Sequence[Any]) -> list[Any]:
-    """Evaluate a jaxpr with one draw for all its products, calls included: a draw apiece takes long to compile."""
+    """Evaluate a jaxpr with one draw for all its roundings, calls included: a draw apiece takes long to compile."""
     jaxpr = closed.jaxpr if isinstance(closed, ClosedJaxpr) else closed
-    products = [v.aval for equation in _level(jaxpr) if equation.primitive.name in PRODUCTS for v in equation.outvars]
-    draw = jax.random.uniform(jax.random.fold_in(key, 0), (sum(a.size for a in products),), minval=-1, maxval=1)
+    rounded = [v.aval for equation in _level(jaxpr) if equation.primitive.name in ROUNDING for v in equation.outvars]
+    draw = jax.random.uniform(jax.random.fold_in(key, 0), (sum(a.size for a in rounded),), minval=-1, maxval=1)
     return _evaluate(closed, _Noise(key, unit, draw), arguments)
 
 
 class _Noise:
-    """What one run of a jaxpr draws on, front to back: noise for its products, keys for its loops and branches."""
+    """What one run of a jaxpr draws on, front to back: noise for its roundings, keys for its loops and branches."""
 
     def __init__(self, key: Array, unit: float | Array, draw: Array) -> None:
         self._key, self.unit, self._draw = key, unit, draw
         self._taken = self._keys = 0
 
-    def perturb_next(self, product: Array) -> Array:
-        """`product (1 + unit xi)` with noise that no other product has."""
-        xi = self._draw[self._taken : self._taken + product.size].reshape(product.shape)
-        self._taken += product.size
-        if not jnp.issubdtype(product.dtype, jnp.floating):
-            return product  # integer products round nothing
-        return product * (1 + jnp.asarray(self.unit, product.dtype) * xi.astype(product.dtype))
+    def perturb_next(self, result: Array) -> Array:
+        """`result (1 + unit xi)` with noise that no other result has."""
+        xi = self._draw[self._taken : self._taken + result.size].reshape(result.shape)
+        self._taken += result.size
+        if not jnp.issubdtype(result.dtype, jnp.floating):
+            return result  # integers round nothing
+        return result * (1 + jnp.asarray(self.unit, result.dtype) * xi.astype(result.dtype))
 
     def next_key(self) -> Array:
         """A key of its own for a loop or a branch."""
@@ -161,15 +177,15 @@ def _evaluate(closed: ClosedJaxpr | Jaxpr, noise: _Noise, arguments: Sequence[An
 
 def _step(equation: Any, noise: _Noise, inputs: list[Any]) -> Sequence[Any]:
     name, params = equation.primitive.name, equation.params
-    if name in PRODUCTS:
+    if name in ROUNDING:
         return [noise.perturb_next(output) for output in _as_it_stands(equation, inputs)]
     if name in _CALLERS:
         return _evaluate(_called(equation), noise, inputs)
-    if not _has_product(equation):
+    if not _has_rounding(equation):
         return _as_it_stands(equation, inputs)
     if name in _CONTROL:
         return _CONTROL[name](params, noise.next_key(), noise.unit, inputs)
-    raise SensitivityError(f"a product inside the primitive {name!r}", hint="write the function without it")
+    raise SensitivityError(f"a rounding inside the primitive {name!r}", hint="write the function without it")
 
 
 _CALLERS: Final = frozenset(
@@ -253,15 +269,17 @@ def _inner_equations(equation: Any) -> Iterator[Any]:
             yield from _equations(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
 
 
-def _has_product(equation: Any) -> bool:
-    return any(e.primitive.name in PRODUCTS for e in _inner_equations(equation))
+def _has_rounding(equation: Any) -> bool:
+    if equation.primitive.name in _COMBINERS:
+        return False
+    return any(e.primitive.name in ROUNDING for e in _inner_equations(equation))
 
 
 def _require_resolution(jaxpr: Jaxpr, unit: float) -> None:
-    """Noise that a product's own format would round away is no noise."""
+    """Noise that a result's own format would round away is no noise."""
     for equation in _equations(jaxpr):
-        dtype = equation.outvars[0].aval.dtype if equation.primitive.name in PRODUCTS else None
+        dtype = equation.outvars[0].aval.dtype if equation.primitive.name in ROUNDING else None
         if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and 0 < unit < 8 * float(jnp.finfo(dtype).eps):
             raise SensitivityError(
-                f"a product in {dtype} cannot hold noise of unit roundoff {unit:.1e}", hint="trace in float64"
+                f"a result in {dtype} cannot hold noise of unit roundoff {unit:.1e}", hint="trace in float64"
             )

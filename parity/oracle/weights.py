@@ -1,4 +1,4 @@
-"""The weight that a forward multiplies by (D6): as stored, or coded in four bits and read back; then cast to compute."""
+"""The weight that a forward multiplies by (D6): as stored, or coded in four bits and read back; then cast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The terminal view: progress while it runs, then a verdict, then what broke. Plain lines where there is no terminal."""
+"""The terminal view: progress while it runs, then what broke, then the verdict; plain lines in CI."""
 
 from __future__ import annotations
 
