@@ -39,6 +39,7 @@ class Pipeline:
         self._ahead = ThreadPoolExecutor(1)
         self._no_model = no_model
         self._twins: dict[tuple[Case, str], list[Shard]] = {}
+        self._jax_answers: dict[Job, Future[list[RankAnswer]]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -50,18 +51,30 @@ class Pipeline:
         self._pools.__exit__()
 
     def run(self, assignments: Iterable[Assignment]) -> Iterator[CaseResult]:
-        """Run each case in turn; the oracle works on the predictions of all of them meanwhile."""
-        questions: list[tuple[Assignment, Future[Predictions] | None]] = [
-            (assignment, self._ask(assignment[0])) for assignment in assignments
-        ]
-        for (case, implementation), predictions in questions:
+        """Run each case in turn; the JAX process works ahead through all that it will be asked, in the same order."""
+        waiting = [(case, implementation, self._ask(case, implementation)) for case, implementation in assignments]
+        for case, implementation, predictions in waiting:
             yield self._run_case(case, implementation, predictions)
 
-    def _ask(self, case: Case) -> Future[Predictions] | None:
+    def _ask(self, case: Case, implementation: str) -> Future[Predictions] | None:
         """Nothing to ask where the unsharded twin alone is the expectation, or where the answer needs the offsets."""
-        if case.proof == "one-hot" or (case.model == "pretrained" and (self._no_model or case.base == "nf4")):
+        if case.model == "pretrained" and self._no_model:
             return None
-        return self._ahead.submit(self._oracle.predict, case, seconds=limit_seconds(case))
+        needs_offsets = case.model == "pretrained" and case.base == "nf4"
+        predictions = None
+        if case.proof != "one-hot" and not needs_offsets:
+            predictions = self._ahead.submit(self._oracle.predict, case, seconds=limit_seconds(case))
+        if implementation in JAX_IMPLEMENTATIONS:
+            self._ask_jax(Job(case, implementation))
+            if case.link == "shards":
+                self._ask_jax(Job(case.unsharded_twin(), implementation))
+        return predictions
+
+    def _ask_jax(self, job: Job) -> Future[list[RankAnswer]]:
+        """Each job once: twins are shared."""
+        if job not in self._jax_answers:
+            self._jax_answers[job] = self._ahead.submit(self._oracle.run, job, seconds=limit_seconds(job.case))
+        return self._jax_answers[job]
 
     def _run_case(self, case: Case, implementation: str, predictions: Future[Predictions] | None) -> CaseResult:
         start = time.monotonic()
@@ -94,7 +107,7 @@ class Pipeline:
     def _run_implementation(self, case: Case, implementation: str) -> list[RankAnswer]:
         job = Job(case, implementation)
         if implementation in JAX_IMPLEMENTATIONS:
-            return self._ahead.submit(self._oracle.run, job, seconds=limit_seconds(case)).result()
+            return self._ask_jax(job).result()
         return self._pools.run(job, seconds=limit_seconds(case))
 
     def _check(

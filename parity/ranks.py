@@ -75,7 +75,8 @@ class Pools:
     def __init__(self, *, device: str = "cpu", model: Path | None = None) -> None:
         os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(_PRELOADED))
+        network = ("transformers.models.llama.modeling_llama",) if model else ()
+        self._context.set_forkserver_preload([*_PRELOADED, *network])
         self._options = {"device": device, "model": model}
         self._pools: dict[int, Workers] = {}
 

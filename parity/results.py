@@ -152,7 +152,7 @@ def write_json(path: Path, content: Any) -> None:
     """Write aside and rename: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as aside:
-        json.dump(content, aside, indent=1, allow_nan=False)
+        json.dump(content, aside, allow_nan=False)
     Path(aside.name).replace(path)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from parity.case import Case
+from parity.checkpoint import CheckpointError
 from parity.chosen import choose
 from parity.cli import FELL_SHORT, HOLDS, RunOptions
 from parity.controls import control_results
@@ -19,7 +20,7 @@ from parity.errors import CannotRun, DeviceUnavailable
 from parity.implementations.registry import check_exists
 from parity.mutants import CONTROLS
 from parity.pipeline import Assignment, Pipeline
-from parity.pretrained import CheckpointError, PretrainedUnavailable, cache_directory, locate
+from parity.pretrained import PretrainedUnavailable, cache_directory, locate
 from parity.report.terminal import follow, show
 from parity.results import CaseResult, Results, write_json
 

@@ -64,12 +64,13 @@ class DoraProduct(torch.autograd.Function):
             c_O = ratio(m_O, n_O)
             h_TR = x_TI @ A_RI.to(dtype).T
             y0_TO = (x_TI @ W_OI.T).addmm_(h_TR, B_OR.to(dtype).T, alpha=arithmetic.scaling)
-            y_TO = y0_TO.float() * c_O
+            # shaped before it is computed: FSDP2 warns of an output that is a view
+            y = y0_TO.reshape(*x.shape[:-1], y0_TO.shape[-1]).float() * c_O
             if bias_O is not None:
-                y_TO += bias_O
+                y += bias_O
         ctx.save_for_backward(x_TI, h_TR, y0_TO, c_O, n_O, A_RI, B_OR, stored)
         ctx.arithmetic, ctx.x_shape, ctx.x_dtype = arithmetic, x.shape, x.dtype
-        return y_TO.to(x.dtype).reshape(*x.shape[:-1], y_TO.shape[-1])
+        return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable

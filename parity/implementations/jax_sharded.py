@@ -17,7 +17,7 @@ from parity.oracle.stack import FACTORS, gradients
 from parity.oracle.weights import weight_used
 from parity.ranks import Place
 from parity.shard import Shard
-from ref import dora, fsdp, training
+from ref import dora, fsdp, layouts, training
 from ref.types import Adapter, Layer
 
 Rows = list[list[Adapter]]
@@ -110,7 +110,7 @@ def _shards(rows: Rows, layers: list[Layer], step: int, kind: str) -> Iterator[S
         for position, (part, layer) in enumerate(zip(held, layers, strict=True)):
             for factor in FACTORS:
                 shape = getattr(layer.adapter, factor).shape
-                own = fsdp.fsdp2_row_range(shape[0], world_size=len(rows), rank=rank)
+                own = layouts.fsdp2_row_range(shape[0], world_size=len(rows), rank=rank)
                 yield Shard(
                     name=f"layers.{position}.{factor}",
                     kind=kind,

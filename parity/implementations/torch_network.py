@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 
 import torch
@@ -19,9 +18,10 @@ from torch_impl import DoraConfig, DoraLinear, PackedBase, apply_dora
 
 def build_network(case: Case, place: Place, config: DoraConfig) -> nn.Module:
     """The first `case.blocks` blocks, frozen, with the case's adapters."""
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - seconds to import, and only networks need it
+    from transformers import AutoModelForCausalLM, logging  # noqa: PLC0415 - seconds to import; only networks need it
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     dtype = torch.bfloat16 if case.compute == "bfloat16" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(
         place.model, dtype=dtype, num_hidden_layers=case.blocks, use_safetensors=True, local_files_only=True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from parity.layout import LayoutQuestion, Layouts
 from parity.shard import Index
-from ref import fsdp
+from ref import layouts as rules
 
 _ALIGNED_BYTES = 16
 """S2: with `use_orig_params=True` each member starts at a multiple of this."""
@@ -32,12 +32,12 @@ def _units(question: LayoutQuestion) -> dict[str, list]:
 def _unit_layout(question: LayoutQuestion, unit: list, rank: int) -> list[tuple[str, Index]]:
     if question.strategy == "fsdp2":
         return [
-            (name, (fsdp.fsdp2_row_range(shape[0], world_size=question.world, rank=rank), *_whole(shape[1:])))
+            (name, (rules.fsdp2_row_range(shape[0], world_size=question.world, rank=rank), *_whole(shape[1:])))
             for name, shape, _ in unit
         ]
     alignment = _ALIGNED_BYTES // unit[0][2] if question.strategy == "fsdp1-orig" else None
     members = [(name, shape) for name, shape, _ in unit]
-    layout = fsdp.flat_layout(members, world_size=question.world, alignment=alignment)
+    layout = rules.flat_layout(members, world_size=question.world, alignment=alignment)
     return [(name, (part,)) for name, part in layout.shard(rank)]
 
 

@@ -17,7 +17,7 @@ from parity.oracle.prediction import Prediction, Predictions
 from parity.oracle.sensitivity import FACTOR, responses, skip_reason
 from parity.oracle.stack import FACTORS
 from parity.oracle.weights import offset_and_bound, weight_used
-from ref import dora, llama
+from ref import checkpoint, dora, llama
 from ref.types import Adapter
 
 _UNIT = 2.0**-24
@@ -32,7 +32,7 @@ Offsets = dict[str, float]
 
 def predict_network(case: Case, model: Path, offsets: Offsets) -> Predictions:
     """The gradient of every adapter, with 32 times its sensitivity as the limit on the 2-norm of the difference."""
-    config = llama.LlamaConfig.from_json(model / "config.json")
+    config = checkpoint.LlamaConfig.from_json(model / "config.json")
     parameters, adapters, shifts = _network(case, model, config, offsets)
     arguments = (adapters, parameters, *_batch(case, model), jnp.float64(predicted_tokens(case, model)))
     gradients = _gradients(model, dora.scaling(case.alpha, case.rank))
@@ -47,9 +47,9 @@ def predict_network(case: Case, model: Path, offsets: Offsets) -> Predictions:
 @functools.lru_cache
 def _gradients(model: Path, scaling: float) -> Callable[..., dict[str, Adapter]]:
     """One function for all cases of a checkpoint, so that it is compiled once."""
-    config = llama.LlamaConfig.from_json(model / "config.json")
+    config = checkpoint.LlamaConfig.from_json(model / "config.json")
 
-    def loss(adapters: dict[str, Adapter], parameters: llama.Parameters, *batch: Array) -> Array:
+    def loss(adapters: dict[str, Adapter], parameters: checkpoint.Parameters, *batch: Array) -> Array:
         tokens, targets, weights, total = batch
         options = {"weights_BS": weights, "total": total, "adapters": adapters, "scaling": scaling}
         return llama.loss(parameters, tokens, targets, config, **options)
@@ -64,13 +64,13 @@ def _prediction(value: Array, response: float) -> Prediction:
 
 
 def _network(
-    case: Case, model: Path, config: llama.LlamaConfig, offsets: Offsets
-) -> tuple[llama.Parameters, dict[str, Adapter], Predictions]:
+    case: Case, model: Path, config: checkpoint.LlamaConfig, offsets: Offsets
+) -> tuple[checkpoint.Parameters, dict[str, Adapter], Predictions]:
     """The network's weights as the forward uses them (D6), the case's adapters, in float64, and what offsets may be."""
-    parameters = llama.read_checkpoint(model, dtype=jnp.float64, layers=case.blocks)
-    weights = llama.by_name(parameters)
+    parameters = checkpoint.read_checkpoint(model, dtype=jnp.float64, layers=case.blocks)
+    weights = checkpoint.by_name(parameters)
     adapters, used, shifts = {}, {}, {}
-    for name in llama.linear_names(config, layers=case.blocks):
+    for name in checkpoint.linear_names(config, layers=case.blocks):
         weight = np.asarray(weights[f"{name}.weight"], dtype=np.float32)
         used[name] = weight_used(case, weight, offset=offsets.get(name))
         adapters[name] = _adapter(case, name, used[name])

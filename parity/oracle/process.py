@@ -81,7 +81,8 @@ def jax_main(seat: Seat) -> None:
     jax.config.update("jax_enable_x64", val=True)
     jax.config.update("jax_num_cpu_devices", DEVICES)
     jax.config.update("jax_compilation_cache_dir", str(seat.options["cache"] / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     serve(seat, lambda asked: _answer(asked, seat.options["model"]))
 
 

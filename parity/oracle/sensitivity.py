@@ -103,7 +103,7 @@ def responses(fn: Callable[..., Any], args: Sequence[Any], *, unit: float, seeds
 
 @functools.lru_cache
 def _compiled(fn: Callable[..., Any], unit: float) -> Callable[..., Any]:
-    """The jitted `(key, level, *args)`, level being the noise's unit: kept, since tracing and compiling take seconds."""
+    """The jitted `(key, level, *args)`, level being the noise's unit: kept, since compiling takes seconds."""
     return jax.jit(lambda key, level, *arguments: _evaluated(fn, key, level, arguments, resolution=unit))
 
 

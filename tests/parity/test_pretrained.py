@@ -10,8 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from parity import pretrained
-from parity.pretrained import CheckpointError, PretrainedUnavailable, check, locate, real_text, token_ids
+from parity import checkpoint, pretrained
+from parity.checkpoint import CheckpointError, check
+from parity.pretrained import PretrainedUnavailable, locate, real_text, token_ids
 
 CONFIGURATION = {
     "model_type": "llama",
@@ -27,7 +28,7 @@ CONFIGURATION = {
 
 def tensors(**changes):
     """The tensors of that configuration; a change of None takes one away."""
-    shapes = dict(pretrained._expected(CONFIGURATION | {"head_dim": 2}))
+    shapes = dict(checkpoint._expected(CONFIGURATION | {"head_dim": 2}))
     del shapes["lm_head.weight"]
     whole = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()} | changes
     return {name: tensor for name, tensor in whole.items() if tensor is not None}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from ref import dora, fsdp
+from ref import dora, fsdp, layouts
 from ref.types import Adapter, InputError, Layer
 
 WORLDS = pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -38,7 +38,7 @@ MEMBERS = st.lists(SHAPES, min_size=1, max_size=6).map(lambda shapes: [(str(i), 
 )
 def test_s1_rows(dim0: int, world_size: int, want: list[tuple[int, int]]) -> None:
     """Rows are dealt in steps of the rounded-up quotient: later ranks may hold fewer, or none."""
-    held = [fsdp.fsdp2_row_range(dim0, world_size=world_size, rank=rank) for rank in range(world_size)]
+    held = [layouts.fsdp2_row_range(dim0, world_size=world_size, rank=rank) for rank in range(world_size)]
 
     assert [(rows.start, rows.stop) for rows in held] == want
 
@@ -46,7 +46,7 @@ def test_s1_rows(dim0: int, world_size: int, want: list[tuple[int, int]]) -> Non
 @given(st.integers(0, 10**6), st.integers(1, 300))
 def test_s1_rows_cover_once_in_order(dim0: int, world_size: int) -> None:
     """Every row is held by exactly one rank, and ranks hold them in order."""
-    held = [fsdp.fsdp2_row_range(dim0, world_size=world_size, rank=rank) for rank in range(world_size)]
+    held = [layouts.fsdp2_row_range(dim0, world_size=world_size, rank=rank) for rank in range(world_size)]
 
     assert held[0].start == 0
     assert held[-1].stop == dim0
@@ -56,7 +56,7 @@ def test_s1_rows_cover_once_in_order(dim0: int, world_size: int) -> None:
 @given(st.integers(1, 10**6), st.integers(1, 300))
 def test_s1_no_rank_holds_more_than_the_first(dim0: int, world_size: int) -> None:
     """The first rank holds the most rows, and no later one holds more than the one before."""
-    held = [fsdp.fsdp2_row_range(dim0, world_size=world_size, rank=rank) for rank in range(world_size)]
+    held = [layouts.fsdp2_row_range(dim0, world_size=world_size, rank=rank) for rank in range(world_size)]
     heights = [rows.stop - rows.start for rows in held]
 
     assert heights == sorted(heights, reverse=True)
@@ -66,21 +66,21 @@ def test_s1_no_rank_holds_more_than_the_first(dim0: int, world_size: int) -> Non
 def test_s1_refuses_a_rank_outside_the_world(rank: int) -> None:
     """A rank that does not exist holds nothing that could be asked for."""
     with pytest.raises(InputError, match="of a world of 2"):
-        fsdp.fsdp2_row_range(4, world_size=2, rank=rank)
+        layouts.fsdp2_row_range(4, world_size=2, rank=rank)
 
 
 def test_s1_packed_storage_is_cut_in_mid_block() -> None:
     """A 50 x 96 weight in four bits, at world 2, is cut at element 2400: in the middle of block 37."""
-    rows, _ = fsdp.packed_shape(50 * 96, itemsize=1)
+    rows, _ = layouts.packed_shape(50 * 96, itemsize=1)
 
-    start = fsdp.fsdp2_row_range(rows, world_size=2, rank=1).start
+    start = layouts.fsdp2_row_range(rows, world_size=2, rank=1).start
 
     assert 2 * start / 64 == 37.5
 
 
 def test_s1_packed_storage_pads_its_bytes() -> None:
     """An odd element count pads a nibble, an odd byte count a byte."""
-    assert fsdp.packed_shape(65 * 65, itemsize=2) == (1057, 1)
+    assert layouts.packed_shape(65 * 65, itemsize=2) == (1057, 1)
 
 
 @WORLDS
@@ -98,7 +98,7 @@ def test_s1_gather_undoes_shard(world_size: int) -> None:
 
 def test_s2_without_alignment() -> None:
     """Members follow each other with nothing between, and a rank's range may cut a row."""
-    layout = fsdp.flat_layout([("A", (2, 3)), ("B", (5, 2)), ("m", (5,))], world_size=2)
+    layout = layouts.flat_layout([("A", (2, 3)), ("B", (5, 2)), ("m", (5,))], world_size=2)
 
     assert layout.size == 22
     assert layout.shard(0) == [("A", slice(0, 6)), ("B", slice(0, 5)), ("m", slice(0, 0))]
@@ -107,7 +107,7 @@ def test_s2_without_alignment() -> None:
 
 def test_s2_with_alignment() -> None:
     """Each member starts at a multiple of four float32 elements; the tail fills up to the world size."""
-    layout = fsdp.flat_layout([("A", (2, 3)), ("B", (5, 2)), ("m", (5,))], world_size=2, alignment=4)
+    layout = layouts.flat_layout([("A", (2, 3)), ("B", (5, 2)), ("m", (5,))], world_size=2, alignment=4)
 
     assert [member.start for member in layout.members] == [0, 8, 20]
     assert layout.size == 26
@@ -119,7 +119,7 @@ def test_s2_alignment_moves_a_cut() -> None:
     """The same members cut elsewhere once they are aligned: a layout without alignment is another layout."""
     members = [("A", (1, 5)), ("B", (9, 1))]
 
-    plain, aligned = (fsdp.flat_layout(members, world_size=2, alignment=alignment) for alignment in (None, 4))
+    plain, aligned = (layouts.flat_layout(members, world_size=2, alignment=alignment) for alignment in (None, 4))
 
     assert plain.shard(0)[1] == ("B", slice(0, 2))
     assert aligned.shard(0)[1] == ("B", slice(0, 1))
@@ -130,7 +130,7 @@ def test_s2_shards_cover_once_in_order(
     members: list[tuple[str, tuple[int, ...]]], world_size: int, alignment: int | None
 ) -> None:
     """Every element of every member is owned by exactly one rank, and ranks own them in order."""
-    layout = fsdp.flat_layout(members, world_size=world_size, alignment=alignment)
+    layout = layouts.flat_layout(members, world_size=world_size, alignment=alignment)
 
     owned = {name: [] for name, _ in members}
     for rank in range(world_size):
@@ -143,7 +143,7 @@ def test_s2_shards_cover_once_in_order(
 @given(MEMBERS, st.integers(1, 9), st.sampled_from([2, 4, 8]))
 def test_s2_alignment_is_kept(members: list[tuple[str, tuple[int, ...]]], world_size: int, alignment: int) -> None:
     """Every member starts at a multiple of the alignment, the whole is a multiple of the world, and no more is lost."""
-    layout = fsdp.flat_layout(members, world_size=world_size, alignment=alignment)
+    layout = layouts.flat_layout(members, world_size=world_size, alignment=alignment)
     unused = layout.size - sum(member.size for member in layout.members)
 
     assert [member.start % alignment for member in layout.members] == [0] * len(members)
@@ -156,7 +156,7 @@ def test_s2_shards_are_slices_of_the_flat_parameter(
     members: list[tuple[str, tuple[int, ...]]], world_size: int, alignment: int | None
 ) -> None:
     """A rank's range of the flat parameter holds just the elements that the layout says, and filler."""
-    layout = fsdp.flat_layout(members, world_size=world_size, alignment=alignment)
+    layout = layouts.flat_layout(members, world_size=world_size, alignment=alignment)
     flat = np.full(layout.size, fsdp.FILLER, float)
     for member in layout.members:
         flat[member.start : member.start + member.size] = 100 + np.arange(member.size)
@@ -170,7 +170,7 @@ def test_s2_shards_are_slices_of_the_flat_parameter(
 def test_s2_unflatten_undoes_flatten() -> None:
     """The members come back in their shapes, and what lies between them is the filler."""
     arrays = {"A": jnp.ones((1, 5)), "m": jnp.zeros(2)}
-    layout = fsdp.flat_layout([("A", (1, 5)), ("m", (2,))], world_size=3, alignment=4)
+    layout = layouts.flat_layout([("A", (1, 5)), ("m", (2,))], world_size=3, alignment=4)
 
     flat = fsdp.flatten(arrays, layout)
 
@@ -181,7 +181,7 @@ def test_s2_unflatten_undoes_flatten() -> None:
 def test_s2_a_layout_of_many_ranks_costs_no_more() -> None:
     """The last of 16,384 ranks of a 405B model's largest unit finds its part without counting ranks or elements."""
     members = [("weight", (53248, 16384)), ("lora_A", (64, 16384)), ("lora_B", (53248, 64)), ("magnitude", (53248,))]
-    layout = fsdp.flat_layout(members, world_size=16384, alignment=8)
+    layout = layouts.flat_layout(members, world_size=16384, alignment=8)
 
     last = dict(layout.shard(16383))
 
@@ -223,26 +223,26 @@ def test_s4_local_norms_are_rows_of_the_norm(world_size: int) -> None:
 )
 def test_s6_packed_bytes_travel_as_stored(storage: str, param_dtype: str | None) -> None:
     """Packed bytes keep their dtype on the wire."""
-    assert fsdp.wire_dtype(storage, param_dtype=param_dtype) == storage
+    assert layouts.wire_dtype(storage, param_dtype=param_dtype) == storage
 
 
 @pytest.mark.parametrize("param_dtype", ["float16", "float32"])
 def test_s6_a_cast_of_packed_bytes_is_refused(param_dtype: str) -> None:
     """A mixed-precision dtype that would cast packed bytes is refused."""
     with pytest.raises(InputError, match="would cast packed bytes"):
-        fsdp.wire_dtype("bfloat16", param_dtype=param_dtype)
+        layouts.wire_dtype("bfloat16", param_dtype=param_dtype)
 
 
-ADAPTER_UNIT = [fsdp.UnitMember(name, "float32", trainable=True) for name in ("lora_A", "lora_B", "magnitude")]
-FROZEN_FLOAT = fsdp.UnitMember("weight", "float32", trainable=False)
-FROZEN_BYTES = fsdp.UnitMember("weight", "uint8", trainable=False)
-NARROW = fsdp.UnitMember("magnitude", "bfloat16", trainable=True)
+ADAPTER_UNIT = [layouts.UnitMember(name, "float32", trainable=True) for name in ("lora_A", "lora_B", "magnitude")]
+FROZEN_FLOAT = layouts.UnitMember("weight", "float32", trainable=False)
+FROZEN_BYTES = layouts.UnitMember("weight", "uint8", trainable=False)
+NARROW = layouts.UnitMember("magnitude", "bfloat16", trainable=True)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp1", "fsdp1-orig", "fsdp2"])
-def test_s7_adapter_unit_is_uniform(strategy: fsdp.Strategy) -> None:
+def test_s7_adapter_unit_is_uniform(strategy: layouts.Strategy) -> None:
     """A float32 adapter is a unit under every strategy."""
-    fsdp.check_unit(ADAPTER_UNIT, strategy=strategy)
+    layouts.check_unit(ADAPTER_UNIT, strategy=strategy)
 
 
 @pytest.mark.parametrize(
@@ -255,18 +255,18 @@ def test_s7_adapter_unit_is_uniform(strategy: fsdp.Strategy) -> None:
     ],
     ids=["requires_grad", "dtype", "integer", "fsdp2 dtype"],
 )
-def test_s7_mixed_unit_is_refused(members: list[fsdp.UnitMember], strategy: fsdp.Strategy, message: str) -> None:
+def test_s7_mixed_unit_is_refused(members: list[layouts.UnitMember], strategy: layouts.Strategy, message: str) -> None:
     """A unit that the strategy cannot hold is refused, with its reason."""
     with pytest.raises(InputError, match=message):
-        fsdp.check_unit(members, strategy=strategy)
+        layouts.check_unit(members, strategy=strategy)
 
 
 @pytest.mark.parametrize(
     ("member", "strategy"), [(FROZEN_FLOAT, "fsdp1-orig"), (FROZEN_BYTES, "fsdp2")], ids=["fsdp1-orig", "fsdp2"]
 )
-def test_s7_what_each_strategy_does_hold(member: fsdp.UnitMember, strategy: fsdp.Strategy) -> None:
+def test_s7_what_each_strategy_does_hold(member: layouts.UnitMember, strategy: layouts.Strategy) -> None:
     """A frozen weight beside the adapter is well under `use_orig_params`, packed bytes under FSDP2."""
-    fsdp.check_unit([*ADAPTER_UNIT, member], strategy=strategy)
+    layouts.check_unit([*ADAPTER_UNIT, member], strategy=strategy)
 
 
 # The forward and backward on shards

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from torch.nn import functional
 
 from parity.pretrained import PretrainedUnavailable, locate, token_ids
-from ref import dora, llama
+from ref import checkpoint, dora, llama
 from ref.types import Adapter, InputError
 
 LIFTED = 1e-9
@@ -99,12 +99,12 @@ def worst(got, want):
 
 def reference_results(directory, ids, *, layers):
     """The same from the reference."""
-    config = llama.LlamaConfig.from_json(directory / "config.json")
-    parameters = llama.read_checkpoint(directory, dtype="float64", layers=layers)
+    config = checkpoint.LlamaConfig.from_json(directory / "config.json")
+    parameters = checkpoint.read_checkpoint(directory, dtype="float64", layers=layers)
     tokens, targets = jnp.asarray(ids[None, :-1]), jnp.asarray(ids[None, 1:])
     logits = jax.jit(lambda p: llama.logits(p, tokens, config))(parameters)
     gradient = jax.jit(jax.grad(lambda p: llama.loss(p, tokens, targets, config)))(parameters)
-    return np.asarray(logits), {name: np.asarray(g) for name, g in llama.by_name(gradient).items()}
+    return np.asarray(logits), {name: np.asarray(g) for name, g in checkpoint.by_name(gradient).items()}
 
 
 def compare(directory, *, layers, tokens):
@@ -196,9 +196,9 @@ def flat(adapters):
 def test_d5_adapters_gradients_equal_autograd(smollm2):
     """With adapters on every linear layer, A, B and m get the gradients that torch's autograd gives them."""
     ids = token_ids(smollm2, 33)
-    config = llama.LlamaConfig.from_json(smollm2 / "config.json")
-    parameters = llama.read_checkpoint(smollm2, dtype="float64", layers=2)
-    adapters = random_adapters(llama.by_name(parameters), llama.linear_names(config, layers=2))
+    config = checkpoint.LlamaConfig.from_json(smollm2 / "config.json")
+    parameters = checkpoint.read_checkpoint(smollm2, dtype="float64", layers=2)
+    adapters = random_adapters(checkpoint.by_name(parameters), checkpoint.linear_names(config, layers=2))
     tokens, targets = jnp.asarray(ids[None, :-1]), jnp.asarray(ids[None, 1:])
 
     @jax.jit
@@ -225,8 +225,8 @@ def tiny(directory, **changes):
     for p in model.parameters():
         p.data.normal_(std=0.3)  # biases and norms as well
     model.save_pretrained(directory)
-    config = llama.LlamaConfig.from_json(directory / "config.json")
-    return model.double(), config, llama.read_checkpoint(directory, dtype="float64")
+    config = checkpoint.LlamaConfig.from_json(directory / "config.json")
+    return model.double(), config, checkpoint.read_checkpoint(directory, dtype="float64")
 
 
 @pytest.mark.usefixtures("lifted")
@@ -297,7 +297,7 @@ def test_with_weights_is_a_checkpoint_with_those_weights(tmp_path):
     name = "model.layers.1.mlp.up_proj"
     replaced = llama.with_weights(parameters, {name: jnp.zeros((40, 24), jnp.float32)})
 
-    before, after = llama.by_name(parameters), llama.by_name(replaced)
+    before, after = checkpoint.by_name(parameters), checkpoint.by_name(replaced)
 
     changed = [key for key in before if not np.array_equal(before[key], after[key])]
     assert changed == [f"{name}.weight"]
@@ -307,9 +307,9 @@ def test_with_weights_is_a_checkpoint_with_those_weights(tmp_path):
 def test_d12_neutral_adapters_change_nothing(tmp_path):
     """Adapters with B = 0 and m = n leave the logits where they were."""
     _, config, parameters = tiny(tmp_path)
-    named, tokens = llama.by_name(parameters), jnp.arange(12)[None]
+    named, tokens = checkpoint.by_name(parameters), jnp.arange(12)[None]
     adapters = {}
-    for name in llama.linear_names(config):
+    for name in checkpoint.linear_names(config):
         W = named[f"{name}.weight"]
         A, B = jnp.ones((2, W.shape[1])), jnp.zeros((W.shape[0], 2))
         adapters[name] = Adapter(A, B, dora.initial_magnitude(W, A, B, scaling=SCALING))
@@ -343,7 +343,7 @@ def test_a_bf16_checkpoint_is_read_to_the_bit(tmp_path):
     narrow = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in load_file(path).items()}
     save_file(narrow, path)
 
-    got = llama.by_name(llama.read_checkpoint(tmp_path, dtype="float64"))
+    got = checkpoint.by_name(checkpoint.read_checkpoint(tmp_path, dtype="float64"))
 
     for name, tensor in narrow.items():
         np.testing.assert_array_equal(got[name], tensor.astype(np.float64))
@@ -353,9 +353,9 @@ def test_fewer_layers_are_the_first_ones(tmp_path):
     """With layers=2 the first two blocks are read, and the last norm and the head still."""
     _, _, whole = tiny(tmp_path)
 
-    part = llama.by_name(llama.read_checkpoint(tmp_path, dtype=jnp.float64, layers=2))
+    part = checkpoint.by_name(checkpoint.read_checkpoint(tmp_path, dtype=jnp.float64, layers=2))
 
-    named = llama.by_name(whole)
+    named = checkpoint.by_name(whole)
     assert set(named) - set(part) == {name for name in named if name.startswith("model.layers.2.")}
     assert all(np.array_equal(part[name], named[name]) for name in part)
 
@@ -369,8 +369,8 @@ def test_a_checkpoint_that_differs_is_refused_with_every_difference(tmp_path):
     tensors |= {"stray": np.zeros(1, np.float32), "lm_head.weight": np.zeros((32, 25), np.float32)}
     save_file(tensors, path)
 
-    with pytest.raises(llama.CheckpointMismatch) as caught:
-        llama.read_checkpoint(tmp_path, dtype="float64")
+    with pytest.raises(checkpoint.CheckpointMismatch) as caught:
+        checkpoint.read_checkpoint(tmp_path, dtype="float64")
 
     said = str(caught.value)
     assert "model.norm.weight is missing" in said
@@ -391,8 +391,8 @@ def test_another_architecture_is_refused(tmp_path, change, said):
     """What the decoder does not compute, it does not read."""
     (tmp_path / "config.json").write_text(json.dumps(TINY | change))
 
-    with pytest.raises(llama.CheckpointMismatch, match=said):
-        llama.LlamaConfig.from_json(tmp_path / "config.json")
+    with pytest.raises(checkpoint.CheckpointMismatch, match=said):
+        checkpoint.LlamaConfig.from_json(tmp_path / "config.json")
 
 
 def test_a_truncated_file_is_refused(tmp_path):
@@ -401,13 +401,13 @@ def test_a_truncated_file_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
 
-    with pytest.raises(llama.CheckpointMismatch, match=r"model\.safetensors cannot be read"):
-        llama.read_checkpoint(tmp_path, dtype="float64")
+    with pytest.raises(checkpoint.CheckpointMismatch, match=r"model\.safetensors cannot be read"):
+        checkpoint.read_checkpoint(tmp_path, dtype="float64")
 
 
 def test_more_layers_than_there_are_is_refused(tmp_path):
     """Four layers of three cannot be had."""
     tiny(tmp_path)
 
-    with pytest.raises(llama.CheckpointMismatch, match="4 layers of 3"):
-        llama.read_checkpoint(tmp_path, dtype="float64", layers=4)
+    with pytest.raises(checkpoint.CheckpointMismatch, match="4 layers of 3"):
+        checkpoint.read_checkpoint(tmp_path, dtype="float64", layers=4)
