@@ -2,7 +2,7 @@
 
 from parity.bounds.layers import BFLOAT16_COMPUTE, FLOAT32, FLOAT64, Precision, weight_norm
 from parity.bounds.stack import LayerInputs, propagate
-from parity.bounds.tracked import GATE, Tracked, difference, exact, limit
+from parity.bounds.tracked import GATE, Tracked, difference, exact, limit, summed
 
 __all__ = [
     "BFLOAT16_COMPUTE",
@@ -16,5 +16,6 @@ __all__ = [
     "exact",
     "limit",
     "propagate",
+    "summed",
     "weight_norm",
 ]

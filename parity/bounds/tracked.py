@@ -214,6 +214,16 @@ def matmul(a: Tracked, b: Tracked, unit: float, *, output_unit: float | None = N
     return _rounded(value, variance, guard, unit=output_unit)
 
 
+def summed(a: Tracked, squares: Array, *, terms: int, unit: float) -> Tracked:
+    """The same number by another route: one long sum of terms whose squares add up to `squares`, each rounded once.
+
+    For a derivative that is read off a loss: every term of the loss takes part, most of them with a zero.
+    """
+    variance = _partial_sums(a.value, squares, terms=terms, unit=unit) + unit**2 / 3 * squares
+    reach = np.sqrt(terms * squares)  # of the absolute terms, by Cauchy and Schwarz
+    return Tracked(a.value, a.variance + variance, a.guard + _gamma(terms + 1, unit) * reach)
+
+
 def mean(parts: list[Tracked], unit: float) -> Tracked:
     """The mean over ranks, each part divided before or after the sum, the sum in any order (gloo, a ring, a tree)."""
     stacked = Tracked(*(np.stack([getattr(p, name) for p in parts]) for name in ("value", "variance", "guard")))

@@ -14,7 +14,7 @@ from parity.implementations.torch_stack import DTYPES, Stack, TorchStack, shards
 from parity.inputs import stack_inputs
 from parity.ranks import Place
 from parity.shard import Shard
-from torch_impl import DoraConfig, ShardConfig, apply_dora, shard_model
+from torch_impl import DoraConfig, DoraLinear, ShardConfig, apply_dora, shard_model
 
 
 class TorchDora(TorchStack):
@@ -59,8 +59,9 @@ class TorchDora(TorchStack):
     def _run_start(self, case: Case, place: Place) -> Iterator[Shard]:
         """D6: the magnitudes that the layers give themselves."""
         model = self.build(case, place.device)
-        for layer in model.layers:
-            layer.reset_magnitude()
+        for layer in model.modules():
+            if isinstance(layer, DoraLinear):
+                layer.reset_magnitude()
         yield from shards_now(self.shard(model, case), 0, ("parameter",))
 
     def _run_network(self, case: Case, place: Place) -> Iterator[Shard]:

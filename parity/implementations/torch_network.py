@@ -60,7 +60,7 @@ def network_losses(model: nn.Module, case: Case, place: Place) -> list[Callable[
         hot = case.hot_rank(step)
         if hot is None:
             mine = texts if case.world == 1 else texts[place.rank : place.rank + 1]
-            return sum(_summed_loss(model, text) for text in mine) * (case.world / total)
+            return torch.stack([_summed_loss(model, text) for text in mine]).sum() * (case.world / total)
         text = texts[hot] if case.twin_world else texts[place.rank]
         return _summed_loss(model, text) * (float(case.twin_world > 0 or hot == place.rank) / total)
 
