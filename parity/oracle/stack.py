@@ -154,6 +154,26 @@ def _bounds(case: Case) -> dict:
         tokens=[part.stop - part.start for part in deal_tokens(case.tokens, case.world)],
         d9=case.subject == "peft",
     )
+    tracked = {(at, kind, name): tensor for at, step in enumerate(steps, 1) for (name, kind), tensor in step.items()}
+    if case.subject == "differences":
+        terms = _loss_terms(layers[0], inputs, scaling=dora.scaling(case.alpha, case.rank))
+        for factor, squares in terms.items():
+            key = (1, "gradient", f"layers.0.{factor}")
+            tracked[key] = bounds.summed(tracked[key], squares, terms=inputs["G"].size, unit=bounds.FLOAT64.unit)
+    return tracked
+
+
+def _loss_terms(layer: bounds.LayerInputs, inputs: dict[str, np.ndarray], *, scaling: float) -> dict[str, np.ndarray]:
+    """For differences: each derivative is one sum over all of the loss's terms; here the sum of their squares.
+
+    d(G_to y_to) / dA_rj = G_to c_o s B_or x_tj,    / dB_or = G_to c_o s h_tr,    / dm_o = G_to y0_to / n_o
+    """
+    x, G_squares = inputs["x"], inputs["G"] ** 2
+    V = layer.weight + scaling * layer.lora_B @ layer.lora_A
+    n = np.linalg.norm(V, axis=1)
+    ratio_squares = (scaling * layer.magnitude / n)[:, None] ** 2
     return {
-        (number, kind, name): tensor for number, step in enumerate(steps, 1) for (name, kind), tensor in step.items()
+        "lora_A": (G_squares @ (ratio_squares * layer.lora_B**2)).T @ x**2,
+        "lora_B": ratio_squares * (G_squares.T @ (x @ layer.lora_A.T) ** 2),
+        "magnitude": np.sum(G_squares * (x @ V.T) ** 2, axis=0) / n**2,
     }
