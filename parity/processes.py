@@ -68,12 +68,19 @@ class Workers:
         try:
             if not self._processes:
                 self._start()
-            for connection in self._connections:
-                connection.send(job)
+            for rank, connection in enumerate(self._connections):
+                self._send(rank, connection, job)
             return self._gather(time.monotonic() + seconds, f"{seconds:g} s")
         except BaseException:
             self.kill()
             raise
+
+    def _send(self, rank: int, connection: Connection, job: Any) -> None:
+        """A worker that died while nobody asked is named, and fails the job that finds it."""
+        try:
+            connection.send(job)
+        except (BrokenPipeError, ConnectionResetError):
+            raise CaseFailed(f"{self._died(rank)} before it was given this case") from None
 
     def kill(self) -> None:
         """End every worker at once; harmless where none runs."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 
 Index = tuple[slice, ...]
+_NUMBERS = "buifV"
+"""numpy's kinds of dtype that a shard may have; V is bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,20 @@ class Shard:
     rank: int = 0
     """Filled in by the pool."""
 
+    def __post_init__(self) -> None:
+        """Refuse, where it is made, what no check could read.
+
+        Raises:
+            TypeError: the array is none of numpy's numbers, or the index has a slice without an end, or with a step.
+        """
+        if not isinstance(self.array, np.ndarray) or self.array.dtype.kind not in _NUMBERS:
+            came = f"{self.array.dtype} array" if isinstance(self.array, np.ndarray) else type(self.array).__name__
+            raise TypeError(f"{self.name} {self.kind}: the values are a {came}, wanted a numpy array of numbers")
+        if not isinstance(self.index, tuple) or not all(_is_plain(part) for part in self.index):
+            raise TypeError(
+                f"{self.name} {self.kind}: index {self.index!r}, wanted slices with start, stop and no step"
+            )
+
     @property
     def key(self) -> tuple[int, str, str]:
         """What expectation it is compared with."""
@@ -47,6 +64,15 @@ class Shard:
             if not 0 <= part.start <= part.stop <= size:
                 raise IndexError(f"{part.start}:{part.stop} is outside 0:{size}")
         return target[self.index]
+
+
+def _is_plain(part: object) -> bool:
+    return (
+        isinstance(part, slice)
+        and isinstance(part.start, Integral)
+        and isinstance(part.stop, Integral)
+        and not part.step
+    )
 
 
 def whole_index(shape: tuple[int, ...]) -> Index:
