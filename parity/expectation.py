@@ -7,6 +7,8 @@ decode and frozen weights every bit.
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 
 from parity.case import Case
@@ -28,7 +30,15 @@ def from_oracle(case: Case, predictions: Predictions) -> Expectations:
 
 
 def from_twin(case: Case, twin: list[Shard], predictions: Predictions) -> Expectations:
-    """Link 2: the unsharded result of the same implementation, frozen weights included."""
+    """Link 2: the unsharded result of the same implementation, frozen weights included.
+
+    Raises:
+        CaseFailed: that result lacks a tensor; leaving it out everywhere is no way to pass.
+    """
+    missed = sorted(owed(case) - {shard.key for shard in twin})
+    if missed:
+        step, kind, name = missed[0]
+        raise CaseFailed(f"unsharded, it gives no {kind} of {name} at step {step}; {len(missed)} tensors are missing")
     return {shard.key: _against_twin(case, shard, predictions.get(shard.key)) for shard in twin}
 
 
@@ -74,6 +84,17 @@ def required(expectations: Expectations) -> set[Key]:
     """What an implementation must give, all of it: the adapters' gradients and parameters at every step."""
     kinds = {"gradient", "parameter", "packed", "absmax", "decoded"}
     return {(step, kind, name) for step, kind, name in expectations if kind in kinds and not _is_base(kind, name)}
+
+
+def owed(case: Case) -> set[Key]:
+    """The same, from the case alone; nothing for a network, whose names the oracle gives to link 3."""
+    if case.model != "stack":
+        return set()
+    names = [f"layers.{position}" for position in range(len(case.layers))]
+    if case.proof == "start":
+        return {(0, "parameter", f"{name}.magnitude") for name in names}
+    tensors = [f"{name}.{factor}" for name in names for factor in ("lora_A", "lora_B", "magnitude")]
+    return set(product(range(1, case.steps + 1), ("gradient", "parameter"), tensors))
 
 
 def _is_base(kind: str, name: str) -> bool:
