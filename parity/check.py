@@ -146,7 +146,7 @@ def _compare(got: np.ndarray, want: np.ndarray, mode: Mode, limit: np.ndarray | 
 def _compare_norm(got: np.ndarray, want: np.ndarray, limit: float) -> _Comparison:
     error = got.astype(np.float64) - want.astype(np.float64)
     worst = float(np.linalg.norm(error))
-    passed = bool(worst <= limit)
+    passed = bool(worst <= limit and np.isfinite(worst))
     return _Comparison(passed=passed, worst=worst, limit=limit, ratio=_ratio(worst, limit), at=_argmax(np.abs(error)))
 
 
@@ -155,9 +155,8 @@ def _compare_bound(error: np.ndarray, limit: np.ndarray) -> _Comparison:
         ratios = np.where(error == 0, 0.0, error / limit)
     at = _argmax(np.where(np.isnan(ratios), np.inf, ratios))
     worst, allowed = float(error[at]), float(limit[at])
-    return _Comparison(
-        passed=bool((error <= limit).all()), worst=worst, limit=allowed, ratio=_ratio(worst, allowed), at=at
-    )
+    passed = bool(((error <= limit) & np.isfinite(error)).all())
+    return _Comparison(passed=passed, worst=worst, limit=allowed, ratio=_ratio(worst, allowed), at=at)
 
 
 def _ratio(worst: float, limit: float) -> float | None:

@@ -6,12 +6,15 @@ ranks; nothing that is expected ever reaches an implementation.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Self
 
+from parity.ahead import Ahead
 from parity.case import UNSHARDED, Case
 from parity.check import Check, check_shard
 from parity.coverage import check_layout, layout_question, missing_elements
@@ -19,7 +22,7 @@ from parity.errors import CaseFailed
 from parity.expectation import Expectations, from_oracle, from_twin
 from parity.implementations.registry import JAX_IMPLEMENTATIONS
 from parity.oracle.prediction import Predictions
-from parity.oracle.process import Oracle
+from parity.oracle.process import Offsets, Oracle
 from parity.ranks import Job, Pools, RankAnswer
 from parity.results import CaseResult
 from parity.shard import Shard
@@ -36,7 +39,7 @@ class Pipeline:
     def __init__(self, *, device: str = "cpu", model: Path | None = None, no_model: str = "", cache: Path) -> None:
         self._pools = Pools(device=device, model=model)
         self._oracle = Oracle(model=model, cache=cache)
-        self._ahead = ThreadPoolExecutor(1)
+        self._ahead = Ahead()
         self._no_model = no_model
         self._twins: dict[tuple[Case, str], list[Shard]] = {}
         self._jax_answers: dict[Job, Future[list[RankAnswer]]] = {}
@@ -46,7 +49,7 @@ class Pipeline:
 
     def __exit__(self, *_: object) -> None:
         self._oracle.close()
-        self._ahead.shutdown(wait=True, cancel_futures=True)
+        self._ahead.close()
         self._oracle.close()
         self._pools.__exit__()
 
@@ -57,23 +60,35 @@ class Pipeline:
             yield self._run_case(case, implementation, predictions)
 
     def _ask(self, case: Case, implementation: str) -> Future[Predictions] | None:
-        """Nothing to ask where the unsharded twin alone is the expectation, or where the answer needs the offsets."""
+        """Nothing to ask where the unsharded twin alone is the expectation."""
         if case.model == "pretrained" and self._no_model:
             return None
-        needs_offsets = case.model == "pretrained" and case.base == "nf4"
         predictions = None
-        if case.proof != "one-hot" and not needs_offsets:
-            predictions = self._ahead.submit(self._oracle.predict, case, seconds=limit_seconds(case))
+        if case.proof != "one-hot":
+            offsets = self._offsets(case, implementation)
+            ask = partial(self._oracle.predict, case, offsets, seconds=limit_seconds(case))
+            predictions = self._ahead.submit(ask)
         if implementation in JAX_IMPLEMENTATIONS:
             self._ask_jax(Job(case, implementation))
             if case.link == "shards":
                 self._ask_jax(Job(case.unsharded_twin(), implementation))
         return predictions
 
+    def _offsets(self, case: Case, implementation: str) -> Offsets:
+        """What a quantised network's scales are shifted by, which the oracle needs as data (Q4); the rest has none."""
+        if not (case.model == "pretrained" and case.base == "nf4"):
+            return ()
+        start = dataclasses.replace(case.unsharded_twin(), proof="start")
+        try:
+            shards = self._run_twin(start, implementation)
+        except CaseFailed:
+            return ()  # the case itself will fail in the same way, and say so
+        return tuple((shard.name, float(shard.array)) for shard in shards if shard.kind == "offset")
+
     def _ask_jax(self, job: Job) -> Future[list[RankAnswer]]:
         """Each job once: twins are shared."""
         if job not in self._jax_answers:
-            self._jax_answers[job] = self._ahead.submit(self._oracle.run, job, seconds=limit_seconds(job.case))
+            self._jax_answers[job] = self._ahead.submit(partial(self._oracle.run, job, seconds=limit_seconds(job.case)))
         return self._jax_answers[job]
 
     def _run_case(self, case: Case, implementation: str, predictions: Future[Predictions] | None) -> CaseResult:
@@ -115,28 +130,24 @@ class Pipeline:
     ) -> list[Check]:
         shards = [shard for answer in answers for shard in answer.shards]
         predicted = predictions.result() if predictions else {}
-        if case.proof == "sensitivity" and predictions is None:
-            offsets = tuple((s.name, float(s.array)) for s in answers[0].shards if s.kind == "offset")
-            predicted = self._ahead.submit(self._oracle.predict, case, offsets, seconds=limit_seconds(case)).result()
         if case.link != "shards":
             return compare(shards, from_oracle(case, predicted))
-        twin = self._twin(case, implementation)
+        twin = self._run_twin(case.unsharded_twin(), implementation)
         checks = compare(shards, from_twin(case, twin, predicted))
         if answers[0].units and case.strategy != UNSHARDED and case.model == "stack":
             question = layout_question(case.strategy, case.world, twin)
-            checks += check_layout(shards, self._ahead.submit(self._oracle.layout, question).result())
+            layouts = self._ahead.submit(partial(self._oracle.layout, question), urgent=True).result()
+            checks += check_layout(shards, layouts)
         return checks
 
-    def _twin(self, case: Case, implementation: str) -> list[Shard]:
-        """The same implementation, unsharded, on the same numbers: run once for all strategies."""
-        twin = case.unsharded_twin()
-        key = (twin, implementation)
-        if key not in self._twins:
+    def _run_twin(self, twin: Case, implementation: str) -> list[Shard]:
+        """What an unsharded case gives: run once for all that compare with it."""
+        if (twin, implementation) not in self._twins:
             (answer,) = self._run_implementation(twin, implementation)
             if answer.refused:
                 raise CaseFailed(f"unsharded, which link 2 compares with: {answer.refused}")
-            self._twins[key] = answer.shards
-        return self._twins[key]
+            self._twins[twin, implementation] = answer.shards
+        return self._twins[twin, implementation]
 
 
 def compare(shards: list[Shard], expectations: Expectations) -> list[Check]:

@@ -15,6 +15,12 @@ TIERS: tuple[Tier, ...] = ("quick", "full")
 
 
 def cases_of(tier: Tier) -> list[Case]:
-    """Every case of a tier, those of small worlds first, each identifier once."""
+    """Every case of a tier in the order of a run.
+
+    First stacks, then networks; one-hot cases before the others, since they keep the ranks busy while the oracle,
+    which they do not need, works ahead; small worlds before large ones.
+    """
     cases = [*algebra_cases(), *codec_cases(), *stack_cases(tier), *pretrained_cases(tier)]
-    return sorted(cases, key=lambda case: (case.model == "pretrained", case.world, case.blocks))
+    return sorted(
+        cases, key=lambda case: (case.model == "pretrained", case.blocks, case.proof != "one-hot", case.world)
+    )
