@@ -1,7 +1,8 @@
 """A check compares one shard with the slice of the expectation, and proves that it could have failed.
 
 Modes, strongest first: `bitwise` (equal values; the sign of zero is ignored for gradients and what follows from
-them), `bits` (every bit), `bound` (an array of limits), `norm` (one limit for the 2-norm of the difference).
+them), `bits` (every bit), `ulp` (units in the last place of the wanted float32), `bound` (an array of limits), `norm`
+(one limit for the 2-norm of the difference).
 A check is *vacuous* where a fault that changes this shard would have passed: the tensor zeroed, doubled or
 negated, or the numerically nearest mutant's values. No tolerance is written here: limits come with the expectation.
 """
@@ -15,7 +16,7 @@ import numpy as np
 
 from parity.shard import Shard
 
-Mode = Literal["bitwise", "bits", "bound", "norm"]
+Mode = Literal["bitwise", "bits", "ulp", "bound", "norm"]
 _SAME = 1e-12
 """A mutant that differs from the right values by less than this share of their norm, float64 rounding, is no fault."""
 
@@ -27,7 +28,7 @@ class Expected:
     value: np.ndarray
     mode: Mode
     limit: np.ndarray | float | None = None
-    """An array of the value's shape for `bound`, a number for `norm`, None where every value must be equal."""
+    """An array of the value's shape for `bound`, a number for `norm` and `ulp`, None where values must be equal."""
     mutants: dict[str, np.ndarray] = field(default_factory=dict)
     """What the nearest bugs would have given."""
     no_claim: str = ""
@@ -135,6 +136,8 @@ def _compare(got: np.ndarray, want: np.ndarray, mode: Mode, limit: np.ndarray | 
         return _compare_norm(got, want, float(limit))  # type: ignore[arg-type]
     with np.errstate(invalid="ignore"):  # packed bytes seen as bfloat16 may be infinite or no number at all
         error = np.asarray(np.abs(got.astype(np.float64) - want.astype(np.float64)))
+    if mode == "ulp":
+        return _compare_bound(error, float(limit) * np.spacing(np.abs(want).astype(np.float32)).astype(np.float64))
     if mode == "bound":
         return _compare_bound(error, np.asarray(limit))
     differs = np.asarray(_bits(got) != _bits(want) if mode == "bits" else ~(got == want))

@@ -1,0 +1,100 @@
+"""All ranks together hold every element of every tensor, and hold it where S1 and S2 say."""
+
+import numpy as np
+import pytest
+
+from parity.check import Expected
+from parity.coverage import check_layout, layout_question, missing_elements
+from parity.shard import Shard
+
+NAME = "layers.0.lora_B"
+WHOLE = np.arange(12.0).reshape(4, 3)
+KEY = (1, "gradient", NAME)
+
+
+def rows(start, stop, *, rank=0, kind="gradient", step=1):
+    """Those rows of B."""
+    index = (slice(start, stop), slice(0, 3))
+    array = WHOLE[start:stop]
+    return Shard(name=NAME, kind=kind, step=step, global_shape=(4, 3), index=index, array=array, rank=rank)
+
+
+def missing(*shards, key=KEY):
+    """The modes of the checks on what is missing."""
+    return [check.mode for check in missing_elements(shards, {key: Expected(value=WHOLE, mode="bitwise")})]
+
+
+def test_all_rows_are_nothing_missing():
+    """Two halves are the whole."""
+    assert missing(rows(0, 2), rows(2, 4, rank=1)) == []
+
+
+def test_a_missing_row_is_counted():
+    """Elements that no rank holds are counted."""
+    assert missing(rows(0, 2), rows(3, 4, rank=1)) == ["coverage: 3 of 12 elements on no rank"]
+
+
+def test_overlap_hides_no_gap():
+    """Rows given twice do not stand for those that are not given."""
+    assert missing(rows(0, 2), rows(0, 2, rank=1)) == ["coverage: 6 of 12 elements on no rank"]
+
+
+def test_another_step_does_not_cover():
+    """A gradient of step 2 is no gradient of step 1."""
+    assert missing(rows(0, 4, step=2)) == ["coverage: 12 of 12 elements on no rank"]
+
+
+def test_an_index_outside_covers_nothing():
+    """A shard that does not fit covers no element."""
+    misplaced = Shard(name=NAME, kind="gradient", step=1, global_shape=(4, 3), index=(slice(0, 99),), array=WHOLE)
+
+    assert missing(misplaced) == ["coverage: 12 of 12 elements on no rank"]
+
+
+@pytest.mark.parametrize("kind", ["gradient", "parameter", "packed", "absmax", "decoded"])
+def test_what_must_be_given(kind):
+    """Gradients, parameters and the codec's three are missed."""
+    assert missing(key=(1, kind, NAME)) != []
+
+
+@pytest.mark.parametrize(
+    "key", [(1, "optimizer:momentum_buffer", NAME), (0, "parameter", "layers.0.base.weight")], ids=["state", "frozen"]
+)
+def test_what_may_be_left_out(key):
+    """An optimizer's state and frozen weights are checked where they are given, and not missed where they are not."""
+    assert missing(key=key) == []
+
+
+def places(shards, wanted):
+    """Whether each place is right."""
+    return [check.passed for check in check_layout(shards, wanted)]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "right"),
+    [
+        pytest.param((slice(0, 2), slice(0, 3)), True, id="the same"),
+        pytest.param((slice(0, 3), slice(0, 3)), False, id="a row more"),
+        pytest.param((slice(0, 6),), False, id="flat, of a cut tensor"),
+    ],
+)
+def test_a_layout_is_told_by_its_range(wanted, right):
+    """S1: a rank that says it holds other rows than its own fails."""
+    assert places([rows(0, 2, kind="parameter", step=0)], {(NAME, 0): wanted}) == [right]
+
+
+def test_empty_parts_are_alike():
+    """S1: nothing, said as rows 4 to 4, is nothing said as 0 to 0."""
+    assert places([rows(4, 4, kind="parameter", step=0)], {(NAME, 0): (slice(0, 0), slice(0, 3))}) == [True]
+
+
+def test_a_whole_tensor_is_the_same_said_flat():
+    """S2: all rows are all of the flattening."""
+    assert places([rows(0, 4, kind="parameter", step=0)], {(NAME, 0): (slice(0, 12),)}) == [True]
+
+
+def test_the_question_asks_for_parameters_at_start():
+    """Members are the parameters before the first step, with their item size, in the order they came."""
+    shards = [rows(0, 4), rows(0, 4, kind="parameter", step=0), rows(0, 4, kind="parameter", step=1)]
+
+    assert layout_question("fsdp2", 2, shards).members == ((NAME, (4, 3), 8),)
