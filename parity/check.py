@@ -165,7 +165,8 @@ def _compare_bound(error: np.ndarray, limit: np.ndarray) -> _Comparison:
 def _ratio(worst: float, limit: float) -> float | None:
     if worst == 0:
         return 0.0
-    return worst / limit if limit > 0 and np.isfinite(worst) else None
+    ratio = worst / limit if limit > 0 else np.inf
+    return ratio if np.isfinite(ratio) else None
 
 
 def _argmax(values: np.ndarray) -> tuple[int, ...]:
