@@ -12,7 +12,7 @@ from typing import Literal
 
 Link = Literal["algebra", "shards", "frameworks", "training", "controls"]
 Model = Literal["stack", "codec", "pretrained"]
-Proof = Literal["lattice", "one-hot", "bound", "start", "sensitivity", "decode"]
+Proof = Literal["lattice", "one-hot", "bound", "start", "root", "sensitivity", "decode"]
 Base = Literal["float32", "bfloat16", "float64", "nf4"]
 Compute = Literal["float32", "bfloat16", "float64"]
 

@@ -16,6 +16,19 @@ from parity.errors import CannotRun
 
 app = SubcommandApp()
 
+_ABOUT = """Is this DoRA right, also when it is quantised and sharded?
+
+Each case runs a DoRA implementation on one or more ranks and compares what every rank holds with the unsharded
+mathematics: gradients, magnitudes, parameters after steps. Exit status: 0 all hold, 1 something fell short, 2 cannot
+run as asked, 130 interrupted.
+
+Examples:
+  dora-parity run                                   the quick tier, some two minutes on two cores
+  dora-parity run -k 'fsdp2 and nf4' --world 2,4    a part of it
+  dora-parity run --impl my_module:MyDora           your own implementation instead
+  dora-parity mutants                               plant each known bug; each must be found
+"""
+
 HOLDS, FELL_SHORT, CANNOT_RUN, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -41,9 +54,9 @@ class RunOptions(Selection):
     """What is put to the proof instead of torch_impl; may be given again."""
     device: Annotated[str, arg(metavar="{cpu,cuda}")] = "cpu"
     """Where the torch ranks compute."""
-    model: Path | None = None
+    model: Annotated[Path | None, arg(metavar="DIR")] = None
     """A Llama-family Hugging Face checkpoint to use instead of SmolLM2-135M."""
-    json: Path | None = None
+    json: Annotated[Path | None, arg(metavar="FILE")] = None
     """Write the whole results stream here."""
     fail_fast: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Stop at the first case that falls short."""
@@ -85,7 +98,7 @@ def show(case: Annotated[Positional[str], arg(metavar="CASE")], tier: str = "ful
 @app.command(name="mutants")
 def mutants(
     only: Annotated[str, arg(aliases=["-k"], metavar="NAME")] = "",
-    json: Path | None = None,
+    json: Annotated[Path | None, arg(metavar="FILE")] = None,
 ) -> int:
     """Plant each known bug in torch_impl and require that named checks fail; one that survives fails the command."""
     from parity.controls import run_mutants  # noqa: PLC0415
@@ -96,7 +109,7 @@ def mutants(
 def main() -> None:
     """Entry point: errors become one line, never a traceback."""
     try:
-        status = app.cli(prog="dora-parity", description=__doc__)
+        status = app.cli(prog="dora-parity", description=_ABOUT)
     except CannotRun as error:
         print(f"dora-parity: {error}", file=sys.stderr)  # noqa: T201
         status = CANNOT_RUN

@@ -1,8 +1,8 @@
 """From a case, what the oracle predicts and what the unsharded twin gave, to the expectation of each tensor.
 
-Link 2 (shards) compares with the same framework's unsharded result; links 1 and 3 compare with the oracle.
-Modes by proof: lattice and one-hot are bitwise, bound has an array of limits, sensitivity a limit on the 2-norm,
-decode and frozen weights every bit.
+Link 2 (shards) compares with the same framework's unsharded result; links 1 and 3 compare with the oracle. Modes by
+proof: lattice and one-hot are bitwise, root allows a unit in the last place, bound has an array of limits, sensitivity
+a limit on the 2-norm, decode and frozen weights every bit.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from parity.check import Expected
 from parity.errors import CaseFailed
 from parity.oracle.prediction import Key, Prediction, Predictions
 from parity.shard import Shard
+
+ROOT_ULPS = 1.0
+"""A square root of an exact number: half a unit where it is correctly rounded, one where it is faithful."""
 
 Expectations = dict[Key, Expected]
 
@@ -47,6 +50,8 @@ def _against_oracle(case: Case, key: Key, prediction: Prediction) -> Expected:
         return Expected(value=prediction.value, mode="bits")
     if case.proof == "lattice":
         return Expected(value=_exactly_float32(case, key, prediction.value), mode="bitwise")
+    if case.proof == "root":
+        return Expected(value=prediction.value, mode="ulp", limit=ROOT_ULPS)
     mode = "norm" if case.proof == "sensitivity" and key[1] == "gradient" else "bound"
     return Expected(
         value=prediction.value,

@@ -37,7 +37,7 @@ def _case(shape: Shape, **fields: Any) -> Case:
     clauses += ["D8"] if fields.get("bias") else []
     clauses += ["D12"] if fields.get("zero_b") else []
     clauses += ["Q4", "Q6", "D6"] if fields.get("base") == "nf4" else []
-    clauses += ["T3"] if fields["proof"] != "start" else []
+    clauses += ["T3"] if fields["proof"] not in {"start", "root"} else []
     if fields.get("strategy", UNSHARDED) != UNSHARDED:
         clauses += SHARDED
         clauses += ["S2"] if fields["strategy"].startswith("fsdp1") else []
@@ -106,10 +106,12 @@ def _start() -> Iterator[Case]:
         yield _start_case(UNEVEN, link="frameworks", base=base, compute=compute, zero_b=zero_b)
     for strategy, base in product(_STRATEGIES, ("float32", "nf4")):
         yield _start_case(UNEVEN, link="shards", strategy=strategy, world=3, base=base)
+    for shape, base, subject in product(SHAPES, ("float32", "nf4"), ("torch_impl", "jax")):
+        yield _start_case(shape, proof="root", link="frameworks", base=base, subject=subject)
 
 
 def _start_case(shape: Shape, **fields: Any) -> Case:
-    case = _case(shape, proof="start", steps=0, **fields)
+    case = _case(shape, steps=0, **{"proof": "start", **fields})
     only = ["D1", "D2", "D3", "D4", "D6", "D11", "D13"]
     return dataclasses.replace(case, clauses=(*only, *(c for c in case.clauses if c not in {*LAYER, *only})))
 

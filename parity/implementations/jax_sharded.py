@@ -16,7 +16,7 @@ from parity.inputs import batches, stack_inputs
 from parity.oracle.stack import FACTORS, gradients
 from parity.oracle.weights import weight_used
 from parity.ranks import Place
-from parity.shard import Shard
+from parity.shard import Shard, whole_index
 from ref import dora, fsdp, layouts, training
 from ref.types import Adapter, Layer
 
@@ -36,6 +36,9 @@ class JaxSharded:
     def run(self, case: Case, place: Place) -> Iterator[Shard]:
         """Every virtual rank's shards, at every step."""
         layers = stack_layers(case)
+        if case.proof == "root":
+            yield from _starting_magnitudes(layers)
+            return
         held = _cut([layer.adapter for layer in layers], place.world)
         state = None
         for step in range(1, case.steps + 1):
@@ -45,6 +48,16 @@ class JaxSharded:
             yield from _shards(held, layers, step, "parameter")
             yield from _shards(state, layers, step, "optimizer:momentum_buffer")
             layers = _with_adapters(layers, held)
+
+
+def _starting_magnitudes(layers: list[Layer]) -> Iterator[Shard]:
+    """D6 in float32."""
+    for position, layer in enumerate(layers):
+        factors = (layer.weight, layer.adapter.lora_A, layer.adapter.lora_B)
+        array = np.asarray(dora.initial_magnitude(*factors, scaling=layer.scaling))
+        name = f"layers.{position}.magnitude"
+        index = whole_index(array.shape)
+        yield Shard(name=name, kind="parameter", step=0, global_shape=array.shape, index=index, array=array)
 
 
 def stack_layers(case: Case) -> list[Layer]:

@@ -35,7 +35,7 @@ class TorchDora(TorchStack):
             yield from codec_shards(case, place)
         elif case.model == "pretrained":
             yield from self._run_network(case, place)
-        elif case.proof == "start":
+        elif case.proof in {"start", "root"}:
             yield from self._run_start(case, place)
         else:
             yield from super().run(case, place)

@@ -14,7 +14,7 @@ import numpy as np
 from parity.case import Case
 from parity.inputs.deal import deal_tokens
 from parity.inputs.gaussian import gaussian_stack
-from parity.inputs.lattice import lattice_stack
+from parity.inputs.lattice import integer_stack, lattice_stack
 
 Arrays = dict[str, np.ndarray]
 
@@ -23,13 +23,16 @@ Arrays = dict[str, np.ndarray]
 def stack_inputs(case: Case) -> Arrays:
     """The named float32 arrays of a stack; each is exactly representable in the dtype that the case stores it in."""
     generator = np.random.default_rng(input_seed(case))
-    build = lattice_stack if case.proof == "lattice" else gaussian_stack
-    return build(case, generator)
+    return _BUILDERS.get(case.proof, gaussian_stack)(case, generator)
+
+
+_BUILDERS = {"lattice": lattice_stack, "root": integer_stack}
 
 
 def input_seed(case: Case) -> int:
     """A seed from what the numbers depend on; never from the strategy, the world or the subject."""
-    identity = (case.proof == "lattice", case.layers, case.rank, case.alpha, case.tokens, case.base, case.compute)
+    kind = case.proof if case.proof in _BUILDERS else "gaussian"
+    identity = (kind, case.layers, case.rank, case.alpha, case.tokens, case.base, case.compute)
     features = (case.activation, case.bias, case.zero_rows, case.zero_b, case.ties, case.seed)
     return zlib.crc32(repr((identity, features)).encode())
 

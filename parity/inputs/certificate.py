@@ -149,3 +149,15 @@ def _require_equal_blocks(case: Case, weight: np.ndarray, position: int) -> None
     blocks = np.pad(np.abs(weight).ravel(), (0, -weight.size % BLOCK)).reshape(-1, BLOCK)
     if np.any(blocks.max(axis=1) != 1):
         raise LatticeNotExact(f"{case.id}: layer {position} has a block whose absmax is not 1")
+
+
+def require_exact_squares(case: Case, layer: dict[str, np.ndarray], position: int) -> None:
+    """n^2 is an integer whose absolute terms, in the factored form (D13), add up to less than 2^24."""
+    weight, lora_A, lora_B = (np.abs(layer[name]).astype(np.float64) for name in ("weight", "lora_A", "lora_B"))
+    scaling = case.alpha / case.rank
+    reach = (weight**2).sum(1) + 2 * scaling * ((weight @ lora_A.T) * lora_B).sum(1)
+    reach += scaling**2 * ((lora_B @ (lora_A @ lora_A.T)) * lora_B).sum(1)
+    if reach.max() >= 2.0**_FLOAT32_BITS:
+        raise LatticeNotExact(f"{case.id}: layer {position} has squares beyond float32's integers")
+    if case.base == "nf4":
+        _require_equal_blocks(case, weight, position)

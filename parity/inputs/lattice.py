@@ -14,7 +14,7 @@ import numpy as np
 
 from parity.case import Case
 from parity.errors import LatticeNotExact
-from parity.inputs.certificate import certify
+from parity.inputs.certificate import certify, require_exact_squares
 
 _ATTEMPTS = 64
 """Draws before a case is called impossible; one in a few succeeds where any does."""
@@ -49,6 +49,25 @@ def lattice_stack(case: Case, generator: np.random.Generator) -> dict[str, np.nd
             continue
         return arrays
     raise reason or LatticeNotExact(f"{case.id}: nothing was drawn")
+
+
+def integer_stack(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """Small integers without any care for the norm: its square is exact in any order, its root is rounded once (D4).
+
+    Raises:
+        LatticeNotExact: a square, in its factored form, does not fit float32's significand.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for position, (fan_in, fan_out) in enumerate(case.layers):
+        most = 1 if case.base == "nf4" else 3  # codes of an NF4 block with absmax 1
+        weight = generator.integers(-most, most + 1, size=(fan_out, fan_in))
+        weight.reshape(-1)[-1] = 1  # the last block may be short, and must not be all zeros
+        lora_A = generator.integers(-1, 2, size=(case.rank, fan_in))
+        lora_B = generator.integers(-1, 2, size=(fan_out, case.rank)) * (not case.zero_b)
+        layer = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B, "magnitude": np.ones(fan_out)}
+        require_exact_squares(case, layer, position)
+        arrays |= {f"layers.{position}.{name}": value.astype(np.float32) for name, value in layer.items()}
+    return arrays
 
 
 def _draw(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray]:

@@ -104,7 +104,7 @@ def _answer(asked: Any, model: Path | None) -> Any:
         return predict_network(case, model, dict(asked.offsets))
     from parity.oracle.stack import predict_stack, predict_start  # noqa: PLC0415
 
-    return predict_start(case) if case.proof == "start" else predict_stack(case)
+    return predict_start(case) if case.proof in {"start", "root"} else predict_stack(case)
 
 
 def _run(job: Job, model: Path | None) -> list[RankAnswer]:
