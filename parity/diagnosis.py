@@ -18,6 +18,8 @@ def diagnose(result: CaseResult) -> CaseResult:
     failed = [check for check in result.checks if not check.passed]
     if not failed:
         return result
+    first = min(check.step for check in failed)  # what is wrong later follows from it
+    failed = [check for check in failed if check.step == first]
     return dataclasses.replace(result, looks_like=_resemblance(result, failed))
 
 
