@@ -21,7 +21,7 @@ class Choice(Protocol):
 
 
 def choose(choice: Choice) -> list[Case]:
-    """The cases of a tier that match the expression and the world sizes.
+    """The cases of a tier that match the expression and the world sizes; a whole identifier matches its case alone.
 
     Raises:
         CannotRun: an unknown tier, a world size that no case has, or nothing left.
@@ -29,7 +29,8 @@ def choose(choice: Choice) -> list[Case]:
     cases = [dataclasses.replace(case, seed=choice.seed) for case in cases_of(_tier(choice.tier))]
     worlds = _worlds(choice.world, cases)
     matches = compile_expression(choice.keep) if choice.keep else lambda _: True
-    chosen = [case for case in cases if case.world in worlds and matches(case)]
+    named = [case for case in cases if case.id == choice.keep]
+    chosen = [case for case in named or cases if case.world in worlds and matches(case)]
     if not chosen:
         raise NoCaseMatches(
             f"no case of the {choice.tier} tier matches -k {choice.keep!r} at world {choice.world or 'any'}",

@@ -89,9 +89,19 @@ def _show_failures(results: Results, console: Console) -> None:
             console.print(f"  looks like [bold]{escape(result.looks_like)}[/]", soft_wrap=True)
         for check in worst_of(result.checks)[:_SHOWN_CHECKS]:
             console.print("  " + escape(describe_check(check, result)), soft_wrap=True)
-        console.print(f"  replay: dora-parity run -k '{escape(result.case.id)}'", soft_wrap=True)
+        console.print(f"  replay: {escape(replay(result, results.tier))}", soft_wrap=True)
     if len(broken) > _SHOWN_CASES:
         console.print(f"\n... and {len(broken) - _SHOWN_CASES} more cases; --json has them all")
+
+
+def replay(result: CaseResult, tier: str) -> str:
+    """The command that runs this case again, for the same implementation and the same numbers."""
+    if result.case.link == "controls":
+        return f"dora-parity mutants -k {result.case.shape_name}"
+    command = f"dora-parity run -k '{result.case.id}'"
+    command += f" --impl {result.implementation}" if result.implementation != result.case.subject else ""
+    command += f" --tier {tier}" if tier != "quick" else ""
+    return command + (f" --seed {result.case.seed}" if result.case.seed else "")
 
 
 def describe_check(check: Check, result: CaseResult) -> str:

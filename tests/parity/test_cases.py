@@ -1,0 +1,112 @@
+"""The declared cases: each has its own name, cites clauses that exist, and between them no clause is left bare."""
+
+import re
+from collections import Counter
+from importlib.resources import files
+
+import pytest
+
+from parity.case import LINKS
+from parity.cases import TIERS, cases_of
+from parity.chosen import choose
+from parity.cli import Selection
+from parity.flags import FLAGS
+from parity.mutants import PLANS
+from parity.selection import compile_expression
+
+SPECIFIED, _, _ = files("ref").joinpath("SPEC.md").read_text(encoding="utf-8").partition("\n## Later")
+CLAUSES = re.findall(r"^### (\S+)", SPECIFIED, flags=re.MULTILINE)
+WITHOUT_CASES = {
+    "D10": "merging is an operation on a layer, not a step of training: tests/ref and tests/torch_impl",
+    "Q7": "a refusal gives no shard to compare: tests/ref and tests/torch_impl",
+    "S5": "clipping as a training step is later (T2); the formula alone is specified: tests/ref",
+}
+"""Clauses that no case can bear on yet, each with the reason and where it is tested instead."""
+EACH_TIER = pytest.mark.parametrize("tier", TIERS)
+QUICK = cases_of("quick")
+
+
+@EACH_TIER
+def test_identifiers_are_unique(tier):
+    """An identifier is one case's."""
+    counts = Counter(case.id for case in cases_of(tier))
+
+    assert [name for name, count in counts.items() if count > 1] == []
+
+
+def test_the_full_tier_has_the_quick_one():
+    """Whatever the quick tier shows, the full one shows as well."""
+    assert {case.id for case in QUICK} - {case.id for case in cases_of("full")} == set()
+
+
+@EACH_TIER
+def test_cited_clauses_exist(tier):
+    """Every clause that a case declares is a heading of SPEC.md."""
+    cited = {clause for case in cases_of(tier) for clause in case.clauses}
+
+    assert cited - set(CLAUSES) == set()
+
+
+@EACH_TIER
+def test_every_case_cites_clauses_once(tier):
+    """A case declares at least one clause, and none twice."""
+    assert [case.id for case in cases_of(tier) if not case.clauses or len(set(case.clauses)) < len(case.clauses)] == []
+
+
+@pytest.mark.parametrize("clause", CLAUSES)
+def test_every_clause_has_a_case(clause):
+    """A clause is declared by a case of the quick tier, or stands in the list of those that cannot be."""
+    declared = any(clause in case.clauses for case in QUICK)
+
+    assert declared != (clause in WITHOUT_CASES)
+
+
+def test_the_exceptions_are_clauses():
+    """Nothing is excused that is not specified."""
+    assert set(WITHOUT_CASES) - set(CLAUSES) == set()
+
+
+def test_the_quick_tier_is_large_enough():
+    """A hundred cases or more, of every link that has cases."""
+    assert len(QUICK) >= 100
+    assert {case.link for case in QUICK} == set(LINKS) - {"training", "controls"}
+
+
+def test_replaying_a_case_chooses_it_alone():
+    """`-k` with a whole identifier chooses that case, also where it begins another's."""
+    begins = next(case.id for case in QUICK if any(other.id.startswith(f"{case.id}+") for other in QUICK))
+
+    assert [case.id for case in choose(Selection(keep=begins))] == [begins]
+
+
+def test_a_twin_is_unsharded():
+    """What link 2 compares with runs in one process, under no strategy and with nothing cast on the wire."""
+    twins = {case.unsharded_twin() for case in QUICK if case.link == "shards"}
+
+    assert {(twin.world, twin.strategy, twin.param_dtype) for twin in twins} == {(1, "none", None)}
+
+
+@pytest.mark.parametrize("case", [c for c in QUICK if c.proof == "one-hot"], ids=lambda case: case.id)
+def test_every_rank_is_hot_once(case):
+    """A one-hot case has a step for each rank, since what a rank does wrong shows when it is hot."""
+    assert {case.hot_rank(step) for step in range(case.steps)} == set(range(case.world))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_mutants_have_cases(name):
+    """The cases that a mutant is tried on exist, and belong to the implementation that it mutates."""
+    matches = compile_expression(PLANS[name].keep)
+
+    assert [case.id for case in QUICK if matches(case) and case.subject == "torch_impl"] != []
+
+
+def test_every_flag_has_a_plan():
+    """A known bug has a mutant, and a mutant a known bug."""
+    assert set(FLAGS) == set(PLANS)
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags_cite_clauses_that_exist(name):
+    """A known bug violates clauses of SPEC.md."""
+    assert FLAGS[name].clauses
+    assert set(FLAGS[name].clauses) - set(CLAUSES) == set()
