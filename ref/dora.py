@@ -1,18 +1,20 @@
-"""The DoRA layer: scaling, direction, weight norm, magnitude, forward, merge. Clauses D1 to D8, D10 to D13.
+"""The DoRA layer: scaling, direction, norm, magnitude, forward, merge. Clauses D1 to D13.
 
 Axes: T tokens, I in, O out, R rank (the legend is in `types`). Every function of the layer takes the same steps:
 
     V = W + s B A              direction     (D1, D2)
     n = ||V|| by rows          weight_norm   (D3, D4), held constant in the backward pass (D5)
     c = m / n                  ratio         (D7)
-    y = c * (x V') + b         forward       (D8), with x V' as x W' + s (x A') B'
+    y = c * (x V') + b         forward       (D8), with x V' as x W' + s (x A') B'; with dropout D9
 """
 
 import math
 from typing import Final
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from ref.types import Adapter, InputError, NormGradient
@@ -158,15 +160,16 @@ def forward(
     *,
     scaling: float,
     bias_O: Float[Array, " O"] | None = None,
+    mask_TI: Float[Array, "T I"] | None = None,
     norm_gradient: NormGradient = "constant",
 ) -> Float[Array, "T O"]:
-    """D5, D8: the layer's output, whose derivative is the layer's gradient.
+    """D5, D8, D9: the layer's output, whose derivative is the layer's gradient.
 
         y = c * (x W' + s (x A') B') + b,        c = m / stop_gradient(n)
 
     `x_TI` and `W_OI` are in the compute dtype, which y has too. The adapter may be wider (D11): A and B are cast for
     the products, never for the norm, and m, n, c stay as wide as they are. `norm_gradient="full"` leaves out the
-    stop_gradient: the same output, other gradients.
+    stop_gradient: the same output, other gradients. `mask_TI` is dropout's (D9), see `dropout_mask`.
 
     Raises:
         InputError: where `norm_gradient` is neither "constant" nor "full".
@@ -179,7 +182,7 @@ def forward(
     n_O = lax.stop_gradient(n_O) if norm_gradient == "constant" else n_O
     c_O = ratio(adapter.magnitude, n_O)
 
-    return forward_with_ratio(x_TI, W_OI, adapter, c_O=c_O, scaling=scaling, bias_O=bias_O)
+    return forward_with_ratio(x_TI, W_OI, adapter, c_O=c_O, scaling=scaling, bias_O=bias_O, mask_TI=mask_TI)
 
 
 def forward_with_ratio(
@@ -190,19 +193,42 @@ def forward_with_ratio(
     c_O: Float[Array, " O"],
     scaling: float,
     bias_O: Float[Array, " O"] | None = None,
+    mask_TI: Float[Array, "T I"] | None = None,
 ) -> Float[Array, "T O"]:
-    """D8: the output for a given ratio, `y = c * (x W' + s (x A') B') + b`; V is not formed, as nobody forms it.
+    """D8, D9: the output for a given ratio; V is not formed, as nobody forms it.
+
+        y = c * (x W' + s (x A') B') + b,        or with dropout, u = mask * x,
+        y = x W' + (c - 1) * (u W') + c * (s (u A') B') + b
 
     The products are in the compute dtype, that of `x_TI`; the ratio and the bias are applied in the dtype of `c_O`.
     """
     A_RI = adapter.lora_A.astype(x_TI.dtype)
     B_OR = adapter.lora_B.astype(x_TI.dtype)
+    base_TO = x_TI @ W_OI.T
 
-    y0_TO = x_TI @ W_OI.T + scaling * ((x_TI @ A_RI.T) @ B_OR.T)
-    y_TO = c_O[None, :] * y0_TO.astype(c_O.dtype)
+    if mask_TI is None:
+        y0_TO = base_TO + scaling * ((x_TI @ A_RI.T) @ B_OR.T)
+        y_TO = c_O[None, :] * y0_TO.astype(c_O.dtype)
+    else:
+        u_TI = mask_TI.astype(x_TI.dtype) * x_TI
+        kept_TO, delta_TO = u_TI @ W_OI.T, scaling * ((u_TI @ A_RI.T) @ B_OR.T)
+        base_TO, kept_TO, delta_TO = (product.astype(c_O.dtype) for product in (base_TO, kept_TO, delta_TO))
+        y_TO = base_TO + (c_O - 1)[None, :] * kept_TO + c_O[None, :] * delta_TO
     y_TO = y_TO if bias_O is None else y_TO + bias_O.astype(c_O.dtype)[None, :]
 
     return y_TO.astype(x_TI.dtype)
+
+
+def dropout_mask(key: Array, shape: tuple[int, ...], *, rate: float, dtype: DTypeLike) -> Float[Array, "..."]:
+    """D9: what dropout multiplies its input by: 0 with probability `rate`, otherwise `1 / (1 - rate)`.
+
+    Raises:
+        InputError: where `rate` is below 0, or 1 and above.
+    """
+    if not 0 <= rate < 1:
+        raise InputError(f"rate {rate} is no probability below 1", hint="0 keeps everything")
+
+    return jax.random.bernoulli(key, 1 - rate, shape).astype(dtype) / (1 - rate)
 
 
 def merge(W_OI: Float[Array, "O I"], adapter: Adapter, *, scaling: float) -> Float[Array, "O I"]:

@@ -4,6 +4,8 @@ Axes: T tokens, I in, O out, R rank (the legend is in `types`). Clauses G1 (auto
 (both equal differences of the surrogate, in which the norm is an input). With y0 = x V' and H = G * c:
 
     dm = sum_t(G * y0) / n        dB = s H' (x A')        dA = s (H B)' x        dx = H V
+
+With dropout (D9), u = mask * x takes the place of x, in y0 as well, and dx = G W + mask * (H V - G W).
 """
 
 from collections.abc import Callable
@@ -30,9 +32,10 @@ def closed_form(
     *,
     G_TO: Float[Array, "T O"],
     scaling: float,
+    mask_TI: Float[Array, "T I"] | None = None,
     norm_gradient: NormGradient = "constant",
 ) -> LayerGradients:
-    """G1: the derivatives of `sum(G * forward(x, W, adapter))`, all arrays in one dtype.
+    """G1, D9: the derivatives of `sum(G * forward(x, W, adapter))`, all arrays in one dtype.
 
     Rows with n = 0 give dm = dB = 0 and add nothing to dA and dx (D7). A bias changes none of them (D8).
     Formulas: Liu et al. 2024 (DoRA), section 4.3, for a row-wise norm; with "full", section 4.2.
@@ -47,13 +50,15 @@ def closed_form(
     V_OI = direction(W_OI, A_RI, B_OR, scaling=scaling)
     n_O = weight_norm(V_OI)
     c_O = ratio(adapter.magnitude, n_O)
-    y0_TO = x_TI @ W_OI.T + scaling * ((x_TI @ A_RI.T) @ B_OR.T)
+    u_TI = x_TI if mask_TI is None else mask_TI * x_TI
+    y0_TO = u_TI @ W_OI.T + scaling * ((u_TI @ A_RI.T) @ B_OR.T)
     H_TO = G_TO * c_O[None, :]
 
     dm_O = ratio(jnp.sum(G_TO * y0_TO, axis=0), n_O)
-    dB_OR = scaling * (H_TO.T @ (x_TI @ A_RI.T))
-    dA_RI = scaling * ((H_TO @ B_OR).T @ x_TI)
+    dB_OR = scaling * (H_TO.T @ (u_TI @ A_RI.T))
+    dA_RI = scaling * ((H_TO @ B_OR).T @ u_TI)
     dx_TI = H_TO @ V_OI
+    dx_TI = dx_TI if mask_TI is None else G_TO @ W_OI + mask_TI * (dx_TI - G_TO @ W_OI)
 
     if norm_gradient == "full":
         dV_OI = norm_path(V_OI, n_O=n_O, c_O=c_O, dm_O=dm_O)
@@ -80,10 +85,11 @@ def surrogate(
     *,
     n_O: Float[Array, " O"],
     scaling: float,
+    mask_TI: Inexact[Array, "T I"] | None = None,
 ) -> Inexact[Array, "T O"]:
-    """G2: the layer with its norm held as an input, so that differences of values give the gradients of D5.
+    """G2, D9: the layer with its norm held as an input, so that differences of values give the gradients of D5.
 
-        y = (m / n) * (x W' + s (x A') B')
+        y = (m / n) * (u W' + s (u A') B') + (x - u) W',        u = mask * x, or x without dropout
 
     Differences of the layer itself would contradict D5: they see the norm move. All arrays but the norm are in one
     dtype, real or complex; where n is 0 the output is 0 (D7).
@@ -91,9 +97,10 @@ def surrogate(
     A_RI, B_OR, m_O = adapter.lora_A, adapter.lora_B, adapter.magnitude
 
     c_O = jnp.where(n_O == 0, 0, m_O / jnp.where(n_O == 0, 1, n_O).astype(m_O.dtype))
-    y0_TO = x_TI @ W_OI.T + scaling * ((x_TI @ A_RI.T) @ B_OR.T)
+    u_TI = x_TI if mask_TI is None else mask_TI * x_TI
+    y_TO = c_O[None, :] * (u_TI @ W_OI.T + scaling * ((u_TI @ A_RI.T) @ B_OR.T))
 
-    return c_O[None, :] * y0_TO
+    return y_TO if mask_TI is None else y_TO + (x_TI - u_TI) @ W_OI.T
 
 
 def complex_step(function: Callable[[Tree], Array], at: Tree, along: Tree) -> Float[Array, ""]:

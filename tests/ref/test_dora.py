@@ -1,4 +1,4 @@
-"""Clauses D1 to D8 and D10 to D13, one by one, on the smallest input that tells right from wrong."""
+"""Clauses D1 to D13, one by one, on the smallest input that tells right from wrong."""
 
 import inspect
 import math
@@ -190,6 +190,48 @@ def test_d8_bias_is_not_scaled() -> None:
     y_TO = dora.forward(jnp.zeros_like(x_TI), W_OI, adapter, scaling=S, bias_O=bias_O)
 
     assert y_TO.tolist() == [[1.0, 2.0, 3.0]] * 5
+
+
+def test_d9_dropout_by_hand() -> None:
+    """The base product is whole, its share in c - 1 and the factors' product see what dropout left."""
+    x_TI, W_OI = jnp.asarray([[1.0, 2.0]]), jnp.asarray([[3.0, 4.0]])
+    adapter = Adapter(jnp.asarray([[0.0, 0.0]]), jnp.asarray([[1.0]]), jnp.asarray([10.0]))
+
+    y_TO = dora.forward(x_TI, W_OI, adapter, scaling=1.0, mask_TI=jnp.asarray([[2.0, 0.0]]))
+
+    assert y_TO.tolist() == [[11 + (2 - 1) * 6]]
+
+
+def test_d9_neutral_at_start() -> None:
+    """With B = 0 and c = 1 the output is the base layer's, to the bit, whatever is dropped."""
+    x_TI, W_OI, adapter = untrained(3, 4, 2, dtype=jnp.float32)
+    mask_TI = dora.dropout_mask(jax.random.key(0), x_TI.shape, rate=0.5, dtype=jnp.float32)
+
+    assert dora.forward(x_TI, W_OI, adapter, scaling=S, mask_TI=mask_TI).tolist() == (x_TI @ W_OI.T).tolist()
+
+
+def test_d9_a_zero_row_keeps_what_was_dropped() -> None:
+    """Where n = 0 because s B A = -W, the base product of what dropout took away is left."""
+    x_TI, W_OI = jnp.asarray([[1.0, 2.0]]), jnp.asarray([[3.0, 4.0]])
+    adapter = Adapter(-W_OI, jnp.asarray([[1.0]]), jnp.asarray([7.0]))
+
+    y_TO = dora.forward(x_TI, W_OI, adapter, scaling=1.0, mask_TI=jnp.asarray([[0.0, 1.0]]))
+
+    assert y_TO.tolist() == [[3.0]]
+
+
+def test_d9_mask_keeps_the_mean() -> None:
+    """A mask holds nothing but 0 and 1 / (1 - p)."""
+    mask = dora.dropout_mask(jax.random.key(0), (8, 8), rate=0.75, dtype=jnp.float32)
+
+    assert set(mask.reshape(-1).tolist()) == {0.0, 4.0}
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, math.nan])
+def test_d9_refuses_a_rate(rate: float) -> None:
+    """What is no probability, or drops everything, is refused."""
+    with pytest.raises(InputError, match="rate"):
+        dora.dropout_mask(jax.random.key(0), (2,), rate=rate, dtype=jnp.float32)
 
 
 def test_d10_merged_weight_does_what_the_layer_does() -> None:

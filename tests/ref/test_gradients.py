@@ -23,15 +23,20 @@ def normal(*shape: int, seed: int) -> Array:
 
 
 X, W, G = normal(TOKENS, IN, seed=0), normal(OUT, IN, seed=1), normal(TOKENS, OUT, seed=2)
+MASK = jnp.where(jnp.arange(TOKENS * IN).reshape(TOKENS, IN) % 3 == 0, 0, 1.5)  # drops a third
+MASKS = pytest.mark.parametrize("mask_TI", [None, MASK], ids=["whole", "dropout"])
 ADAPTER = Adapter(normal(RANK, IN, seed=3), normal(OUT, RANK, seed=4), 1 + jnp.abs(normal(OUT, seed=5)))
 NORM = dora.weight_norm(dora.direction(W, ADAPTER.lora_A, ADAPTER.lora_B, scaling=S))
 
 
-def autodiff(norm_gradient: NormGradient, *, W_OI: Array = W, adapter: Adapter = ADAPTER) -> LayerGradients:
+def autodiff(
+    norm_gradient: NormGradient, *, W_OI: Array = W, adapter: Adapter = ADAPTER, mask_TI: Array | None = None
+) -> LayerGradients:
     """What JAX makes of the specification's forward."""
 
     def loss(x_TI: Array, adapter: Adapter) -> Array:
-        return jnp.sum(G * dora.forward(x_TI, W_OI, adapter, scaling=S, norm_gradient=norm_gradient))
+        y_TO = dora.forward(x_TI, W_OI, adapter, scaling=S, mask_TI=mask_TI, norm_gradient=norm_gradient)
+        return jnp.sum(G * y_TO)
 
     dx_TI, adapter_gradient = jax.grad(loss, argnums=(0, 1))(X, adapter)
     return LayerGradients(adapter_gradient.lora_A, adapter_gradient.lora_B, adapter_gradient.magnitude, dx_TI)
@@ -58,6 +63,12 @@ def bound(field: str, norm_gradient: NormGradient) -> Array:
     return 2 * chain * UNIT_ROUNDOFF * getattr(sums_of_absolute_terms(norm_gradient), field)
 
 
+def dropped_bound(field: str, norm_gradient: NormGradient) -> Array:
+    """`bound` with dropout: each term holds the mask once, at most 1.5, and dx has G W three times more."""
+    base = 2 * 3 * (OUT + 4) * UNIT_ROUNDOFF * (jnp.abs(G) @ jnp.abs(W)) if field == "x" else 0
+    return 1.5 * (bound(field, norm_gradient) + base)
+
+
 @pytest.mark.parametrize("norm_gradient", ["constant", "full"])
 @pytest.mark.parametrize("field", FIELDS)
 def test_g1_autodiff_equals_the_closed_form(field: str, norm_gradient: NormGradient) -> None:
@@ -67,6 +78,17 @@ def test_g1_autodiff_equals_the_closed_form(field: str, norm_gradient: NormGradi
     error = jnp.abs(getattr(autodiff(norm_gradient), field) - getattr(closed, field))
 
     assert bool(jnp.all(error <= bound(field, norm_gradient)))
+
+
+@pytest.mark.parametrize("norm_gradient", ["constant", "full"])
+@pytest.mark.parametrize("field", FIELDS)
+def test_d9_autodiff_equals_the_closed_form(field: str, norm_gradient: NormGradient) -> None:
+    """With dropout, too, the closed form is the derivative of the specification's forward."""
+    closed = gradients.closed_form(X, W, ADAPTER, G_TO=G, scaling=S, mask_TI=MASK, norm_gradient=norm_gradient)
+
+    error = jnp.abs(getattr(autodiff(norm_gradient, mask_TI=MASK), field) - getattr(closed, field))
+
+    assert bool(jnp.all(error <= dropped_bound(field, norm_gradient)))
 
 
 @pytest.mark.parametrize("norm_gradient", ["constant", "full"])
@@ -90,22 +112,24 @@ def directions() -> dict[str, tuple[Array, Adapter]]:
     return along | {"x": (normal(TOKENS, IN, seed=6), zeros[1])}
 
 
+@MASKS
 @pytest.mark.parametrize("field", FIELDS)
-def test_g2_closed_form_equals_a_complex_step_of_the_surrogate(field: str) -> None:
+def test_g2_closed_form_equals_a_complex_step_of_the_surrogate(field: str, mask_TI: Array | None) -> None:
     """Values alone, with the norm held, give the closed form's derivative along any direction."""
     along = directions()[field]
     step = along[0] if field == "x" else getattr(along[1], field)
 
     def loss(at: tuple[Array, Adapter]) -> Array:
         x_TI, adapter = at
-        y_TO = gradients.surrogate(x_TI, W.astype(x_TI.dtype), adapter, n_O=NORM, scaling=S)
+        mask = None if mask_TI is None else mask_TI.astype(x_TI.dtype)
+        y_TO = gradients.surrogate(x_TI, W.astype(x_TI.dtype), adapter, n_O=NORM, scaling=S, mask_TI=mask)
         return jnp.sum(G.astype(x_TI.dtype) * y_TO)
 
     got = gradients.complex_step(loss, (X, ADAPTER), along)
 
-    closed = getattr(gradients.closed_form(X, W, ADAPTER, G_TO=G, scaling=S), field)
+    closed = getattr(gradients.closed_form(X, W, ADAPTER, G_TO=G, scaling=S, mask_TI=mask_TI), field)
     chain = step.size + TOKENS * OUT  # both sums end in one over the whole tensor
-    limit = jnp.sum((bound(field, "constant") + 2 * chain * UNIT_ROUNDOFF * jnp.abs(closed)) * jnp.abs(step))
+    limit = jnp.sum((dropped_bound(field, "constant") + 2 * chain * UNIT_ROUNDOFF * jnp.abs(closed)) * jnp.abs(step))
     assert abs(float(got - jnp.sum(closed * step))) <= float(limit)
 
 

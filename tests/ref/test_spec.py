@@ -9,11 +9,11 @@ import pytest
 
 ROOM = Path(importlib.import_module("ref").__file__).parent
 SPECIFIED = [
-    *(["D1", "D2", "D3", "D4", "D5", "D6", "D7", "D8", "D10", "D11", "D12", "D13", "G1", "G2"]),
+    *(["D1", "D2", "D3", "D4", "D5", "D6", "D7", "D8", "D9", "D10", "D11", "D12", "D13", "G1", "G2"]),
     *(["Q1", "Q2", "Q3", "Q4", "Q5", "Q6", "Q7", "S1", "S2", "S3", "S4", "S5", "S6", "S7", "S8", "S11", "T3"]),
 ]
 LINES = ["Equation", "Reason", "Differs", "Function", "Cases"]
-HEADING = re.compile(r"^### (?P<clause>[DGQST]\d+) [A-Z].*$")
+HEADING = re.compile(r"^### (?P<clause>[CDGQST]\d+) [A-Z].*$")
 
 
 def clauses() -> dict[str, str]:
@@ -83,8 +83,10 @@ def test_functions_cite_their_clause(clause: str) -> None:
 
 @EACH
 def test_cases_are_those_that_declare_the_clause(clause: str) -> None:
-    """The suite finds a clause's cases by the clause itself."""
-    assert f"Cases: `clause:{clause}`" in CLAUSES[clause]
+    """The suite finds a clause's cases by the clause itself; where none can show it, this folder's tests do."""
+    (line,) = re.findall(r"^Cases: (.*)$", CLAUSES[clause], flags=re.MULTILINE)
+
+    assert line in (f"`clause:{clause}`", "`tests/ref`")
 
 
 @EACH
