@@ -1,0 +1,132 @@
+"""However a run ends, no process outlives it; interrupted, it says so and keeps what it found."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+from conftest import COMMAND
+
+pytestmark = pytest.mark.distributed
+
+KEEP = "fsdp2-w2/thin and plain and (one-hot and float32-float32 or lattice and nf4)"
+"""Two cases: `SleepsOnNf4` passes the first and hangs in the second."""
+START_SECONDS = 60.0
+END_SECONDS = 10.0
+"""How long the last process may take to see that its parent is gone: far less, on an idle machine."""
+
+
+def wait_for(condition, what):
+    """Poll until it is true."""
+    deadline = time.monotonic() + START_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come"
+        time.sleep(0.05)
+
+
+def running(processes):
+    """Those that still run; one that nobody has waited for yet does not."""
+    alive = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(process)
+    return alive
+
+
+def left_over(processes):
+    """What still runs when the time is up, in words."""
+    deadline = time.monotonic() + END_SECONDS
+    while running(processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return [" ".join(process.cmdline()) for process in running(processes)]
+
+
+def offspring(run):
+    """The process itself and all below it."""
+    family = psutil.Process(run.pid)
+    return [family, *family.children(recursive=True)]
+
+
+@pytest.fixture
+def start(environment, tmp_path):
+    """Start a command in a session of its own, as a terminal's foreground job; whatever is left is killed."""
+    started = []
+
+    def begin(*arguments):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        run = subprocess.Popen(  # noqa: S603 - our own command
+            [COMMAND, *map(str, arguments)], cwd=tmp_path, env=environment, start_new_session=True, **pipes
+        )
+        started.append(run)
+        return run
+
+    yield begin
+    for run in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+
+
+@pytest.fixture
+def hanging(start, tmp_path):
+    """A run whose two ranks sleep in its second case, and all its processes."""
+    run = start("run", "-k", KEEP, "--impl", "fakes:SleepsOnNf4", "--json", "results.json")
+    wait_for(lambda: len(list(tmp_path.glob("asleep-2-*"))) == 2, "sleep")
+    wait_for(lambda: any("spawn_main" in " ".join(p.cmdline()) for p in offspring(run)), "the JAX process")
+    return run, offspring(run)
+
+
+def test_ranks_end_with_a_killed_parent(hanging):
+    """When the run is killed, its ranks, the fork server and the JAX process end by themselves."""
+    run, family = hanging
+
+    run.kill()
+
+    assert len(family) >= 5
+    assert left_over(family) == []
+
+
+def test_an_interrupted_run_ends_everything(hanging, tmp_path):
+    """Ctrl-C amid a hanging case: status 130, one line, no process left, and what was found kept as incomplete."""
+    run, family = hanging
+
+    os.killpg(run.pid, signal.SIGINT)
+    _, said = run.communicate(timeout=END_SECONDS)
+
+    kept = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert run.returncode == 130
+    assert said == "dora-parity: interrupted; every rank has been ended\n"
+    assert left_over(family) == []
+    assert kept["complete"] is False
+    assert [case["status"] for case in kept["cases"]] == ["passed"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".json") == ["results.json"]
+
+
+def test_an_interrupt_at_the_start_is_one_line(start):
+    """Ctrl-C while the fork server and the JAX process still import what they need: no traceback from any of them."""
+    run = start("run", "-k", KEEP, "--impl", "fakes:Honest")
+    wait_for(lambda: len(offspring(run)) > 3, "a worker")
+    family = offspring(run)
+
+    os.killpg(run.pid, signal.SIGINT)
+    _, said = run.communicate(timeout=END_SECONDS)
+
+    assert run.returncode == 130
+    assert said == "dora-parity: interrupted; every rank has been ended\n"
+    assert left_over(family) == []
+
+
+def test_a_reader_that_leaves_is_no_proof(start):
+    """A run whose output nobody reads to its end, as under `| head`, does not exit 0."""
+    run = start("run", "-k", "fsdp2-w2/thin and one-hot and float32-float32/plain", "--impl", "fakes:Honest")
+    run.stdout.close()
+    run.stdout = None
+    _, said = run.communicate(timeout=START_SECONDS)
+
+    assert run.returncode not in {0, 2}
+    assert "Traceback" not in said
