@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,8 +117,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print("dora-parity: interrupted; every rank has been ended", file=sys.stderr)  # noqa: T201
         status = INTERRUPTED
-    except BrokenPipeError:  # the reader of `list` has gone
-        status = HOLDS
+    except BrokenPipeError:  # whoever read the output has gone: nothing was shown to hold
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
+        status = INTERRUPTED
     sys.exit(status)
 
 

@@ -47,11 +47,11 @@ class Pipeline:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._oracle.close()
         self._ahead.close()
         self._oracle.close()
-        self._pools.__exit__()
+        self._pools.__exit__(*exception)
 
     def run(self, assignments: Iterable[Assignment]) -> Iterator[CaseResult]:
         """Run each case in turn; the JAX process works ahead through all that it will be asked, in the same order."""

@@ -14,8 +14,9 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -58,6 +59,7 @@ class Workers:
         self._connections: list[Connection] = []
         self._lifeline: Connection | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._closed = False
 
     def call(self, job: Any, *, seconds: float) -> list[Any]:
         """Give every worker the same job and return their answers in rank order.
@@ -74,6 +76,11 @@ class Workers:
         except BaseException:
             self.kill()
             raise
+
+    def close(self) -> None:
+        """End every worker, and let no other thread start one again."""
+        self._closed = True
+        self.kill()
 
     def _send(self, rank: int, connection: Connection, job: Any) -> None:
         """A worker that died while nobody asked is named, and fails the job that finds it."""
@@ -110,12 +117,24 @@ class Workers:
                 options=self._options,
             )
             process = self._context.Process(target=self._target, args=(seat,), daemon=True)
-            process.start()
+            self._begin(process)
             theirs.close()
             self._processes.append(process)
             self._connections.append(ours)
+            if self._closed:
+                raise CaseFailed("the run has ended")
         reader.close()
         self._gather(time.monotonic() + START_SECONDS, f"{START_SECONDS:g} s at the start")
+
+    def _begin(self, process: multiprocessing.process.BaseProcess) -> None:
+        """Start it with interrupts held back, or its fork server, which passes that on and takes seconds to answer."""
+        if self._context.get_start_method() != "forkserver":
+            with _interrupts_held_back():
+                process.start()
+            return
+        with _interrupts_held_back():
+            forkserver.ensure_running()
+        process.start()
 
     def _stack_file(self, rank: int) -> str:
         return str(Path(self._folder.name) / f"stack-{rank}") if self._folder else os.devnull
@@ -149,13 +168,16 @@ class Workers:
         return value
 
     def _other_errors(self, first: int) -> list[str]:
-        """What the other ranks say within a moment: often the same, sometimes the cause."""
+        """What becomes of the other ranks within a moment: often the same, sometimes the cause."""
         errors, deadline = [], time.monotonic() + _LAST_WORDS_SECONDS
         for rank in range(self.world):
             if rank != first and self._connections[rank].poll(max(0.0, deadline - time.monotonic())):
-                with contextlib.suppress(EOFError, ConnectionResetError):
+                try:
                     outcome, value = self._connections[rank].recv()
-                    errors += [f"rank {rank} raised {value}"] if outcome == "error" else []
+                except (EOFError, ConnectionResetError):
+                    errors.append(self._died(rank))
+                    continue
+                errors += [f"rank {rank} raised {value}"] if outcome == "error" else []
         return errors
 
     def _died(self, rank: int) -> str:
@@ -172,6 +194,25 @@ class Workers:
         time.sleep(_LAST_WORDS_SECONDS)
         places = [f"rank {rank} at {_innermost_line(self._stack_file(rank))}" for rank in waiting]
         return f"no answer within {limit} from " + ", ".join(places)
+
+
+def kill_fork_server() -> None:
+    """While it still imports, it does not see that its parent is gone, and there is no public way to end it."""
+    pid = getattr(getattr(forkserver, "_forkserver", None), "_forkserver_pid", None)
+    if pid:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """A process inherits this: Ctrl-C in its first moments, before `life` begins, is not for it."""
+    resource_tracker.ensure_running()  # started within, it would let interrupts through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _innermost_line(stack_file: str) -> str:

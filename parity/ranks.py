@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Self
 
 from parity.case import Case
-from parity.processes import Seat, Workers
+from parity.processes import Seat, Workers, kill_fork_server
 from parity.shard import Shard
-from parity.worker import prepare, serve
+from parity.worker import life, serve
 
 _PRELOADED = (
     "torch",
@@ -83,9 +83,11 @@ class Pools:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         for pool in self._pools.values():
-            pool.kill()
+            pool.close()
+        if exception and exception[0] is KeyboardInterrupt:
+            kill_fork_server()
 
     def run(self, job: Job, *, seconds: float) -> list[RankAnswer]:
         """Run a job on every rank of its world.
@@ -99,9 +101,9 @@ class Pools:
         return self._pools[world].call(job, seconds=seconds)
 
 
+@life
 def rank_main(seat: Seat) -> None:
     """A rank's life: join the process group, then run jobs."""
-    prepare(seat)
     import torch  # noqa: PLC0415 - only a rank loads torch
 
     torch.set_num_threads(1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,17 +12,16 @@ from pathlib import Path
 from rich.console import Console
 
 from parity.case import Case
-from parity.checkpoint import CheckpointError
 from parity.chosen import choose
 from parity.cli import FELL_SHORT, HOLDS, RunOptions
 from parity.controls import control_results
 from parity.diagnosis import diagnose
 from parity.environment import describe
-from parity.errors import CannotRun, DeviceUnavailable
+from parity.errors import CannotRun, DeviceUnavailable, NoCaseMatches
 from parity.implementations.registry import check_exists
 from parity.mutants import CONTROLS
 from parity.pipeline import Assignment, Pipeline
-from parity.pretrained import PretrainedUnavailable, cache_directory, locate
+from parity.pretrained import PretrainedUnavailable, cache_directory, locate, token_ids
 from parity.report.terminal import follow, show
 from parity.results import CaseResult, Results, write_json
 
@@ -34,8 +35,11 @@ def run_suite(options: RunOptions, console: Console) -> int:
     cases = choose(options)
     _check_options(options)
     assignments = list(assign(cases, options.impl))
+    if not assignments:
+        raise NoCaseMatches("--impl takes the place of torch_impl, whose cases -k leaves out", hint="choose others")
     model, no_model = find_model(cases, options.model)
     results = Results(environment=describe(options.device), tier=options.tier)
+    _write(options.json, results)  # before anything runs: a place that cannot be written is known at once
     start = time.monotonic()
     try:
         with Pipeline(device=options.device, model=model, no_model=no_model, cache=cache_directory()) as pipeline:
@@ -48,8 +52,7 @@ def run_suite(options: RunOptions, console: Console) -> int:
             else:
                 results.seconds = time.monotonic() - start
     finally:  # also after Ctrl-C: what was found is not lost, and has no footer
-        if options.json:
-            write_json(options.json, results.as_json())
+        _write(options.json, results)
     show(results, console)
     return HOLDS if results.holds else FELL_SHORT
 
@@ -80,8 +83,8 @@ def find_model(cases: list[Case], asked: Path | None) -> tuple[Path | None, str]
         model = locate(asked)
     except PretrainedUnavailable as error:
         return None, str(error)
-    except CheckpointError as error:
-        raise CannotRun(str(error)) from error
+    if asked:
+        token_ids(model, max(case.tokens for case in cases))  # a tokenizer that does not fit is known at once
     return model, ""
 
 
@@ -90,8 +93,29 @@ def _check_options(options: RunOptions) -> None:
         check_exists(name)
     if options.device not in {"cpu", "cuda"}:
         raise DeviceUnavailable(f"--device {options.device!r} is unknown", hint="cpu or cuda")
+    if options.device == "cuda" and not _cuda_is_there():
+        raise DeviceUnavailable("--device cuda: torch finds no CUDA device here", hint="use --device cpu")
     if options.json and options.json.is_dir():
         raise CannotRun(f"--json {options.json} is a directory", hint="name a file")
+
+
+def _cuda_is_there() -> bool:
+    """Asked of a process of its own, since only ranks load torch."""
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0  # noqa: S603
+
+
+def _write(place: Path | None, results: Results) -> None:
+    """Write the stream as far as it came.
+
+    Raises:
+        CannotRun: the place cannot be written.
+    """
+    if place:
+        try:
+            write_json(place, results.as_json())
+        except OSError as error:
+            raise CannotRun(f"--json {place} cannot be written: {error.strerror}", hint="name another file") from error
 
 
 __all__ = ["CaseResult", "assign", "find_model", "run_suite"]

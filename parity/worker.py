@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import functools
 import os
 import signal
 import threading
@@ -14,7 +16,23 @@ from typing import Any
 from parity.processes import Seat
 
 
-def prepare(seat: Seat) -> None:
+def life(main: Callable[[Seat], None]) -> Callable[[Seat], None]:
+    """Give a worker's main function what every worker needs; what ends it early is told to the parent, in one line."""
+
+    @functools.wraps(main)
+    def live(seat: Seat) -> None:
+        try:
+            _prepare(seat)
+            main(seat)
+        except Exception as error:  # noqa: BLE001 - a traceback is no use to whoever reads the parent's output
+            with contextlib.suppress(OSError):  # where the parent has gone, nobody wants to know
+                seat.connection.send(("error", _one_line(error)))
+            os._exit(1)
+
+    return live
+
+
+def _prepare(seat: Seat) -> None:
     """Leave Ctrl-C to the parent, die with it, and write the stack to a file when asked."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, args=(seat,), daemon=True).start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import sys
@@ -46,11 +47,27 @@ def check_exists(name: str) -> None:
         raise UnknownImplementation(f"--impl {name!r} is unknown", hint=f"one of {known}, or module:Class")
     _put_here_on_path()
     try:
-        found = importlib.util.find_spec(module) is not None
-    except ImportError:
-        found = False
-    if not found:
+        spec = importlib.util.find_spec(module)
+    except Exception:  # noqa: BLE001 - a package on the way may raise whatever it likes
+        spec = None
+    if spec is None:
         raise UnknownImplementation(f"--impl {name!r}: no module {module!r}", hint="run where it can be imported")
+    if not _may_have(spec.origin, class_name):
+        raise UnknownImplementation(f"--impl {name!r}: {module} has no {class_name!r}", hint="as in module:Class")
+
+
+def _may_have(origin: str | None, class_name: str) -> bool:
+    """Whether a module's source gives something that name; it is read, not run. What cannot be told is believed."""
+    if not origin or not origin.endswith(".py"):
+        return True
+    try:
+        nodes = list(ast.walk(ast.parse(Path(origin).read_text(encoding="utf-8"))))
+    except (OSError, SyntaxError, ValueError):
+        return False
+    given = {node.name for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    given |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    given |= {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
+    return bool(given & {class_name, "*", "__getattr__"})
 
 
 def resolve(name: str) -> Implementation:

@@ -15,7 +15,7 @@ from parity.layout import LayoutQuestion, Layouts
 from parity.oracle.prediction import Predictions
 from parity.processes import Seat, Workers
 from parity.ranks import Job, Place, RankAnswer
-from parity.worker import prepare, serve
+from parity.worker import life, serve
 
 DEVICES = 8
 """Virtual CPU devices: the largest world of a sharded JAX case."""
@@ -62,8 +62,8 @@ class Oracle:
         return self._workers.call(question, seconds=_LAYOUT_SECONDS)[0]
 
     def close(self) -> None:
-        """End the process."""
-        self._workers.kill()
+        """End the process for good."""
+        self._workers.close()
 
 
 def mathematics(case: Case) -> Case:
@@ -72,9 +72,9 @@ def mathematics(case: Case) -> Case:
     return dataclasses.replace(case, strategy="none", subject=subject, link="frameworks", clauses=(), param_dtype=None)
 
 
+@life
 def jax_main(seat: Seat) -> None:
     """The process's life."""
-    prepare(seat)
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax  # noqa: PLC0415 - only this process loads jax
 
