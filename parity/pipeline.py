@@ -50,7 +50,6 @@ class Pipeline:
     def __exit__(self, *exception: object) -> None:
         self._oracle.close()
         self._ahead.close()
-        self._oracle.close()
         self._pools.__exit__(*exception)
 
     def run(self, assignments: Iterable[Assignment]) -> Iterator[CaseResult]:

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -60,6 +61,7 @@ class Workers:
         self._lifeline: Connection | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._closed = False
+        self._busy = threading.Lock()
 
     def call(self, job: Any, *, seconds: float) -> list[Any]:
         """Give every worker the same job and return their answers in rank order.
@@ -67,20 +69,24 @@ class Workers:
         Raises:
             CaseFailed: a worker raised, died, or did not answer within `seconds`; the group is gone then.
         """
-        try:
-            if not self._processes:
-                self._start()
-            for rank, connection in enumerate(self._connections):
-                self._send(rank, connection, job)
-            return self._gather(time.monotonic() + seconds, f"{seconds:g} s")
-        except BaseException:
-            self.kill()
-            raise
+        with self._busy:
+            try:
+                if not self._processes:
+                    self._start()
+                for rank, connection in enumerate(self._connections):
+                    self._send(rank, connection, job)
+                return self._gather(time.monotonic() + seconds, f"{seconds:g} s")
+            except BaseException:
+                self._kill()
+                raise
 
     def close(self) -> None:
-        """End every worker, and let no other thread start one again."""
+        """End every worker for good; another thread's call ends with them, and tidies up itself."""
         self._closed = True
-        self.kill()
+        for process in [*self._processes]:
+            process.kill()
+        with self._busy:
+            self._kill()
 
     def _send(self, rank: int, connection: Connection, job: Any) -> None:
         """A worker that died while nobody asked is named, and fails the job that finds it."""
@@ -89,7 +95,7 @@ class Workers:
         except (BrokenPipeError, ConnectionResetError):
             raise CaseFailed(f"{self._died(rank)} before it was given this case") from None
 
-    def kill(self) -> None:
+    def _kill(self) -> None:
         """End every worker at once; harmless where none runs."""
         for process in self._processes:
             process.kill()
