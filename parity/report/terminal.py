@@ -55,7 +55,7 @@ def _follow_lines(results: Iterable[CaseResult], total: int, console: Console) -
 
 def _headline(result: CaseResult) -> str:
     what = result.reason or f"{sum(not check.passed for check in result.checks)} of {len(result.checks)} checks fail"
-    return f"[red]{result.status.upper()}[/] {escape(result.case.id)} [{escape(result.implementation)}]: {escape(what)}"
+    return f"[red]{result.status.upper()}[/] {escape(f'{result.case.id} [{result.implementation}]: {what}')}"
 
 
 def show(results: Results, console: Console) -> None:

@@ -35,6 +35,7 @@ class SumForMean(Mutant):
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no premultiplied sum
             if isinstance(module, FullyShardedDataParallel):
                 module._gradient_predivide_factor = 1.0  # noqa: SLF001 - the bug is in there
                 module._gradient_postdivide_factor = 1.0  # noqa: SLF001
