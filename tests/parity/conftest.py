@@ -1,7 +1,6 @@
 """What the tests of the suite share: where ranks find the fakes, a pipeline, and the command line as a process."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,9 +9,9 @@ import pytest
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # ranks import the fakes by module name
 
-from parity.pipeline import Pipeline  # noqa: E402 - the path comes first
+from commands import run_command  # noqa: E402 - the path comes first
 
-COMMAND = Path(sys.executable).with_name("dora-parity")
+from parity.pipeline import Pipeline  # noqa: E402 - the path comes first
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +32,7 @@ def environment():
 def dora_parity(environment, tmp_path):
     """Run the command in an empty folder, as a user does: `dora_parity("list", "-k", "thin")`."""
 
-    def run(*arguments, **options):
-        command = [COMMAND, *map(str, arguments)]
-        settings = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 100}
-        return subprocess.run(command, check=False, **(settings | options))  # noqa: S603 - our own command
+    def run(*arguments, **variables):
+        return run_command(arguments, folder=tmp_path, environment=environment | variables)
 
     return run

@@ -53,11 +53,11 @@ BAD_RUNS = {
 
 
 @pytest.mark.parametrize("arguments", BAD_RUNS)
-def test_bad_input_is_refused(dora_parity, environment, tmp_path, arguments):
+def test_bad_input_is_refused(dora_parity, tmp_path, arguments):
     """An option that cannot be met is refused before anything runs or is written."""
     (tmp_path / "blocked").write_text("a file, not a folder")
 
-    done = dora_parity("run", *shlex.split(arguments), env=environment | {"CUDA_VISIBLE_DEVICES": ""})
+    done = dora_parity("run", *shlex.split(arguments), CUDA_VISIBLE_DEVICES="")
 
     assert refused(done, *BAD_RUNS[arguments])
     assert [path.name for path in tmp_path.iterdir()] == ["blocked"]
@@ -74,6 +74,17 @@ BAD_COMMANDS = {
 def test_other_commands_refuse_too(dora_parity, arguments):
     """Each command has the same manners."""
     assert refused(dora_parity(*shlex.split(arguments)), *BAD_COMMANDS[arguments])
+
+
+@pytest.mark.parametrize("arguments", ["", "nosuch", "run --frobnicate", "run --seed x", "run --json", "show"])
+def test_usage_is_status_2(dora_parity, tmp_path, arguments):
+    """What the parser itself refuses has exit status 2 and no traceback, and nothing is written."""
+    done = dora_parity(*shlex.split(arguments))
+
+    assert done.returncode == 2
+    assert done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 # checkpoints
@@ -138,10 +149,10 @@ def test_a_bad_checkpoint_is_refused(dora_parity, tmp_path, damage, said):
 # what is good
 
 
-def test_list_is_quick_and_loads_no_framework(dora_parity, environment):
+def test_list_is_quick_and_loads_no_framework(dora_parity):
     """`list` answers in under two seconds, and neither torch nor jax is loaded for it."""
     began = time.monotonic()
-    done = dora_parity("list", "-k", "thin and one-hot", env=environment | {"PYTHONPROFILEIMPORTTIME": "1"})
+    done = dora_parity("list", "-k", "thin and one-hot", PYTHONPROFILEIMPORTTIME="1")
     seconds = time.monotonic() - began
 
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}

@@ -9,7 +9,7 @@ import time
 
 import psutil
 import pytest
-from conftest import COMMAND
+from commands import COMMAND
 
 pytestmark = pytest.mark.distributed
 
