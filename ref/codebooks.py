@@ -1,7 +1,7 @@
-"""The tables of bitsandbytes' storage formats, each with its construction. Clauses: Q2 (NF4), Q6 (dynamic map).
+"""The tables of bitsandbytes' storage formats, each with its construction. Clauses: Q2 (NF4, FP4), Q6 (dynamic map).
 
-A codebook holds the values, in [-1, 1] and ascending, that codes stand for; code k stands for entry k. The tables
-themselves are normative: where a construction and a table differ in a last bit, the table is right.
+A codebook holds the values, in [-1, 1], that codes stand for; code k stands for entry k. All but FP4's ascend. The
+tables themselves are normative: where a construction and a table differ in a last bit, the table is right.
 """
 
 from statistics import NormalDist
@@ -36,6 +36,12 @@ NF4_CODE: Final = np.array(
 NF4_OUTERMOST: Final = 0.9677083
 """The probability below the outermost quantile, as the source rounds it: 1 - (1/32 + 1/30) / 2, the mean of leaving out
 half a bin of 16 and half a bin of 15."""
+
+FP4_TWELFTHS: Final = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+"""Q2: the magnitudes of FP4 in twelfths, in the order of its codes' lower three bits. The fourth bit is the sign."""
+
+FP4_CODE: Final = np.array([*FP4_TWELFTHS, *(-twelfths for twelfths in FP4_TWELFTHS)], np.float32) / np.float32(12)
+"""Q2: the 16 values of bitsandbytes' FP4, which is not OCP's E2M1: code 8 stands for -0.0."""
 
 DYNAMIC_DECADES: Final = 7
 """Q6: the dynamic map's magnitudes run over this many powers of ten."""

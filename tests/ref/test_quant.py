@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from ref import quant
-from ref.codebooks import DYNAMIC_CODE, NF4_CODE, NF4_OUTERMOST, nf4_from_quantiles
+from ref import encoders, quant, quant_fast
+from ref.codebooks import DYNAMIC_CODE, FP4_CODE, NF4_CODE, NF4_OUTERMOST, nf4_from_quantiles
 from ref.quant import QuantizationError, decode, encode, pack, unpack
 from ref.types import NestedState, QuantState
 
@@ -41,9 +41,9 @@ def as_numpy(tensor):
     return tensor.numpy()
 
 
-def bnb_encode(tensor, *, nested):
+def bnb_encode(tensor, *, nested, quant_type="nf4", blocksize=64):
     """Packed bytes and state, as bitsandbytes has them."""
-    return bnb.quantize_4bit(tensor, blocksize=64, quant_type="nf4", compress_statistics=nested)
+    return bnb.quantize_4bit(tensor, blocksize=blocksize, quant_type=quant_type, compress_statistics=nested)
 
 
 def bnb_decode(packed, state, count):
@@ -53,7 +53,7 @@ def bnb_decode(packed, state, count):
         shape=torch.Size((1, count)),
         code=state.code,
         blocksize=state.blocksize,
-        quant_type="nf4",
+        quant_type=state.quant_type,
         dtype=state.dtype,
         offset=state.offset,
         state2=state.state2,
@@ -89,12 +89,12 @@ def assert_same_bits(got, want):
     np.testing.assert_array_equal(got.view(f"u{got.itemsize}"), want.view(f"u{want.itemsize}"))
 
 
-def assert_encodes_as_bitsandbytes(tensor, *, nested):
+def assert_encodes_as_bitsandbytes(tensor, *, nested, **kind):
     """Bytes, scales, nested scales: all equal to the bit, its offset given."""
-    packed, state = bnb_encode(tensor, nested=nested)
+    packed, state = bnb_encode(tensor, nested=nested, **kind)
     offset = float(state.offset) if nested else None
 
-    got, got_state = encode(as_numpy(tensor), profile="bnb-cpu", nested=nested, offset=offset)
+    got, got_state = encode(as_numpy(tensor), profile="bnb-cpu", nested=nested, offset=offset, **kind)
 
     assert_same_bits(got, packed.numpy())
     assert_same_bits(got_state.absmax, state.absmax.numpy())
@@ -128,12 +128,17 @@ def test_q6_dynamic_map_is_bitsandbytes_own():
     assert_same_bits(DYNAMIC_CODE, bnb.create_dynamic_map().numpy())
 
 
-@pytest.mark.parametrize("code", [NF4_CODE, DYNAMIC_CODE], ids=["nf4", "dynamic"])
+def test_q2_fp4_code_is_bitsandbytes_own():
+    """The 16 values are bitsandbytes' to the bit, but for the sign of the second zero."""
+    np.testing.assert_array_equal(FP4_CODE, bnb.get_4bit_type("fp4", device="cpu").numpy())
+
+
+@pytest.mark.parametrize("code", [NF4_CODE, np.sort(FP4_CODE), DYNAMIC_CODE], ids=["nf4", "fp4", "dynamic"])
 def test_q5_middles_are_short_enough_for_exact_comparison(code):
-    """Every middle between neighbouring codes has at most 28 significant bits, as `nearest` supposes."""
+    """Every middle between neighbouring codes has at most 29 significant bits, as `nearest` supposes."""
     for low, high in pairwise(code):
         numerator = ((Fraction(float(low)) + Fraction(float(high))) / 2).numerator
-        assert abs(numerator).bit_length() <= 28
+        assert abs(numerator).bit_length() <= 29
 
 
 # --- Q1, Q3: blocks and packing ------------------------------------------------------------------------------------
@@ -147,7 +152,7 @@ def test_q3_element_0_is_the_high_nibble():
 def test_q3_an_odd_count_is_filled_with_the_code_of_zero():
     """The filler of the last nibble decodes to 0."""
     assert pack(jnp.asarray([1, 2, 3], jnp.uint8)).tolist() == [0x12, 0x37]
-    assert NF4_CODE[quant.ZERO_NIBBLE] == 0
+    assert NF4_CODE[quant.ZERO_NIBBLE["nf4"]] == 0
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 64])
@@ -361,29 +366,174 @@ def test_q5_zero_blocks():
 def test_q5_8_bit_codes_at_every_bin_border():
     """Values around each border of a bin where the table changes, by steps of 2^-25, get bitsandbytes' code."""
     middles = (DYNAMIC_CODE[:-1] + DYNAMIC_CODE[1:]) / np.float32(2)
-    values = -1 + 2 * np.arange(quant.BINS) / (quant.BINS - 1)
+    values = -1 + 2 * np.arange(encoders.BINS) / (encoders.BINS - 1)
     changes = np.nonzero(np.diff(np.searchsorted(middles, values.astype(np.float32))))[0]
-    borders = ((changes + 0.5) / (quant.BINS - 1) * 2 - 1).astype(np.float32)
+    borders = ((changes + 0.5) / (encoders.BINS - 1) * 2 - 1).astype(np.float32)
     near = np.concatenate([borders + np.float32(step * 2.0**-25) for step in range(-64, 65)])
     blocks = np.pad(near, (0, -len(near) % 255)).reshape(-1, 255)
     residual = np.concatenate([np.ones((len(blocks), 1), np.float32), blocks], axis=1).reshape(-1)
 
     want, _ = bnb.quantize_blockwise(torch.from_numpy(residual), blocksize=256)
 
-    scales = quant.block_absmax(residual, quant.NESTED_BLOCKSIZE)
-    assert_same_bits(quant._bnb_cpu_codes(residual, scales), want.numpy())
+    scales = encoders.block_absmax(residual, encoders.NESTED_BLOCKSIZE)
+    assert_same_bits(encoders._bnb_cpu_codes(residual, scales), want.numpy())
 
 
-@pytest.mark.parametrize("blocksize", [32, 128, 256])
-def test_q1_other_blocksizes(blocksize):
-    """The scales are those of blocks of any size that bitsandbytes has, the last one short."""
-    tensor = weight(7, 99)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("blocksize", quant.BLOCKSIZES)
+def test_q1_every_blocksize(blocksize, quant_type):
+    """Bytes and scales are those of blocks of any size that bitsandbytes has, the last one short."""
+    assert_encodes_as_bitsandbytes(weight(67, 99), nested=True, blocksize=blocksize, quant_type=quant_type)
 
-    got, got_state = encode(as_numpy(tensor), blocksize=blocksize, profile="bnb-cpu")
 
-    packed, state = bnb.quantize_4bit(tensor, blocksize=blocksize, quant_type="nf4")
-    assert_same_bits(got, packed.numpy())
-    assert_same_bits(got_state.absmax, state.absmax.numpy())
+# --- FP4 -----------------------------------------------------------------------------------------------------------
+
+
+@plain_and_nested
+@of_dtypes
+@of_shapes
+def test_q5_fp4_is_bitwise(shape, dtype, nested):
+    """In FP4, too, bytes and scales are bitsandbytes', the codes of small numbers included."""
+    tensor = weight(*shape, dtype=dtype)
+    tensor[0, 0] = 0.0
+
+    assert_encodes_as_bitsandbytes(tensor, nested=nested, quant_type="fp4")
+
+
+@eager_and_jitted
+@plain_and_nested
+@of_shapes
+def test_q4_fp4_decode_is_bitwise(shape, nested, run):
+    """Decoding bitsandbytes' own FP4 bytes gives its own weight; code 8 may be either zero."""
+    packed, state = bnb_encode(weight(*shape), nested=nested, quant_type="fp4")
+
+    got = run(jnp.asarray(packed.numpy()), ours(state))
+
+    assert_same_bits(np.asarray(got) + np.float32(0), bnb_decode(packed, state, got.size) + np.float32(0))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_q5_fp4_exact_takes_the_nearest(scale):
+    """In rational arithmetic no FP4 code is nearer; of 0 and -0 it is 0, and of two equally near the lower value."""
+    middles = ((np.sort(FP4_CODE)[:-1].astype(np.float64) + np.sort(FP4_CODE)[1:]) / 2 * scale).astype(np.float32)
+    around = np.concatenate([np.nextafter(middles, -np.inf), middles, np.nextafter(middles, np.inf)])
+    values = np.concatenate([np.array([scale], np.float32), around]).reshape(1, -1)
+
+    packed, state = encode(values, quant_type="fp4")
+
+    codes = [Fraction(float(c)) * Fraction(float(state.absmax[0])) for c in FP4_CODE]
+    want = [min(range(16), key=lambda k: (abs(codes[k] - Fraction(float(v))), codes[k], k)) for v in values[0]]
+    assert unpack(packed, count=values.size).tolist() == want
+
+
+# --- Q5: the CUDA profile, from source -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_q5_bnb_cuda_codes_a_zero_block_as_nibble_0(quant_type):
+    """A block of zeros is 0 times infinity there: nibble 0, which in NF4 decodes to -0.0."""
+    packed, state = encode(np.zeros((1, 64), np.float32), profile="bnb-cuda", quant_type=quant_type)
+
+    assert not packed.any()
+    assert_same_bits(decode(packed, state), np.full((1, 64), -0.0 if quant_type == "nf4" else 0.0, np.float32))
+
+
+@pytest.mark.parametrize("scale", SCALES[:5])
+def test_q5_bnb_cuda_is_bnb_cpu_in_whole_nf4_blocks(scale):
+    """The pivots in its kernel are the middles, rounded to float32, so whole blocks that are not zero agree."""
+    values = ties(np.float32(scale))
+
+    assert encode(values, profile="bnb-cuda")[0].tolist() == encode(values, profile="bnb-cpu")[0].tolist()
+
+
+def test_q5_bnb_cuda_fp4_keeps_signs():
+    """A sign bit and a magnitude: small positive values get code 0 and small negative ones code 8."""
+    packed, _ = encode(np.array([[1.0, 1e-4, -1e-4, -1.0]], np.float32), profile="bnb-cuda", quant_type="fp4")
+
+    assert unpack(packed, count=4).tolist() == [0b0011, 0b0000, 0b1000, 0b1011]
+
+
+@pytest.mark.parametrize(("low", "want"), [(3, 4), (4, 4)])
+def test_q5_bnb_cuda_8_bit_ties_go_to_even(low, want):
+    """Its search ends on an even code, which keeps what lies halfway."""
+    middle = (DYNAMIC_CODE[low] + DYNAMIC_CODE[low + 1]) / np.float32(2)
+    residual = np.array([1.0, middle], np.float32)
+
+    assert encoders._bnb_cuda_codes(residual, np.ones(1, np.float32)).tolist() == [255, want]
+
+
+def test_q5_bnb_cuda_8_bit_codes_of_a_zero_block():
+    """A block of equal scales is coded 0, and decodes to the offset."""
+    assert encoders._bnb_cuda_codes(np.zeros(2, np.float32), np.zeros(1, np.float32)).tolist() == [0, 0]
+
+
+# --- Q4, Q5: the fast twins ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+@of_dtypes
+@of_shapes
+def test_q5_fast_encode_is_the_encoder(shape, dtype, blocksize):
+    """Compiled, the bytes and scales are those of the specification's `bnb-cpu`."""
+    W = jnp.asarray(as_numpy(weight(*shape, dtype=dtype)))
+
+    packed, state = quant_fast.encode_nf4(W, blocksize=blocksize)
+
+    want, want_state = encode(np.asarray(W), profile="bnb-cpu", blocksize=blocksize)
+    assert_same_bits(packed, want)
+    assert_same_bits(state.absmax, want_state.absmax)
+    assert (state.shape, state.dtype) == (want_state.shape, want_state.dtype)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_q5_fast_encode_breaks_ties_alike(scale):
+    """Around every middle as well, in whole blocks and in a short one."""
+    values = np.concatenate([ties(np.float32(scale)).reshape(-1), ties(np.float32(scale)).reshape(-1)[:46]])
+
+    packed, _ = quant_fast.encode_nf4(jnp.asarray(values))
+
+    assert packed.tolist() == encode(values, profile="bnb-cpu")[0].tolist()
+
+
+@plain_and_nested
+@of_dtypes
+@of_shapes
+def test_q4_fast_decode_is_the_decoder(shape, dtype, nested):
+    """Compiled by blocks, the weight is the specification's, to the bit."""
+    packed, state = encode(as_numpy(weight(*shape, dtype=dtype)), nested=nested)
+
+    assert_same_bits(quant_fast.decode(packed, state), decode(packed, state))
+
+
+def test_q4_fast_decode_is_not_fused():
+    """Compiled together with an addition, it is rounded first, as the specification's is."""
+    packed, state = encode(as_numpy(weight(256, 576)), nested=True)
+    addend = jnp.asarray(as_numpy(weight(256, 576, seed=2)))
+
+    got = jax.jit(lambda p, s, a: quant_fast.decode(p, s) + a)(packed, state, addend)
+
+    assert_same_bits(got, np.asarray(decode(packed, state)) + np.asarray(addend))
+
+
+def test_q7_fast_encode_refuses_what_is_not_finite():
+    """The block with the value is named."""
+    with pytest.raises(QuantizationError, match="from index 64 on"):
+        quant_fast.encode_nf4(jnp.zeros((2, 64)).astype(jnp.float32).at[1, 3].set(jnp.nan))
+
+
+# --- Q8: another format --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("code", "want"), [(NF4_CODE, "nf4"), (FP4_CODE, "fp4")], ids=["nf4", "fp4"])
+def test_q8_known_codebooks_are_known(code, want):
+    """The two codebooks are told by their bits."""
+    assert quant.require_known_code(code) == want
+
+
+def test_q8_another_codebook_is_refused():
+    """A table of four decimals, as torchao's, is another format, and said to be."""
+    with pytest.raises(QuantizationError, match="not bitsandbytes'"):
+        quant.require_known_code(np.round(NF4_CODE, 4))
 
 
 # --- Q6: nested ----------------------------------------------------------------------------------------------------
