@@ -170,7 +170,7 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def read_checkpoint(directory: Path, *, dtype: DTypeLike, layers: int | None = None) -> Parameters:
-    """The parameters of a Hugging Face directory, from safetensors alone, cast to `dtype`.
+    """C3: the parameters of a Hugging Face directory, from safetensors alone, cast to `dtype`.
 
     Args:
         directory: with config.json and one or more .safetensors files.
