@@ -84,6 +84,21 @@ def test_norm_fails_just_beyond_its_limit():
     assert done.evidence.at == (1,)
 
 
+ULPS = np.array([1.0, -1.5, 0.75], np.float32)
+
+
+@pytest.mark.parametrize(("units", "passed"), [(1, True), (2, False)])
+def test_ulps_are_counted_in_float32(units, passed):
+    """One unit in the last place of the wanted float32 is within a limit of one, two are not, whatever the binade."""
+    got = ULPS.copy()
+    for _ in range(units):
+        got = np.nextafter(got, np.float32(9) * np.sign(ULPS))
+
+    done = check(got, ULPS.astype(np.float64), "ulp", 1.0)
+
+    assert (done.passed, done.ratio) == (passed, float(units))
+
+
 # zero and NaN
 
 ZEROS = [np.array([0.0, 1.0]), np.array([-0.0, 1.0])]
@@ -115,8 +130,8 @@ def test_bits_sees_the_last_bit(dtype):
 
 @pytest.mark.parametrize(
     ("mode", "limit"),
-    [("bitwise", None), ("bound", np.full(3, np.inf)), ("norm", np.inf)],
-    ids=["bitwise", "bound", "norm"],
+    [("bitwise", None), ("bound", np.full(3, np.inf)), ("norm", np.inf), ("ulp", np.inf)],
+    ids=["bitwise", "bound", "norm", "ulp"],
 )
 @pytest.mark.parametrize("side", ["got", "both"])
 def test_nan_never_passes(mode, limit, side):

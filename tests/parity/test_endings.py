@@ -107,10 +107,12 @@ def test_an_interrupted_run_ends_everything(hanging, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".json") == ["results.json"]
 
 
-def test_an_interrupt_at_the_start_is_one_line(start):
+@pytest.mark.parametrize("seconds", [0.0, 0.0, 0.2, 0.5, 1.0, 1.5])
+def test_an_interrupt_at_the_start_is_one_line(start, seconds):
     """Ctrl-C while the fork server and the JAX process still import what they need: no traceback from any of them."""
-    run = start("run", "-k", KEEP, "--impl", "fakes:Honest")
+    run = start("run", "-k", KEEP, "--impl", "fakes:SleepsOnNf4")
     wait_for(lambda: len(offspring(run)) > 3, "a worker")
+    time.sleep(seconds)
     family = offspring(run)
 
     os.killpg(run.pid, signal.SIGINT)
@@ -121,9 +123,16 @@ def test_an_interrupt_at_the_start_is_one_line(start):
     assert left_over(family) == []
 
 
-def test_a_reader_that_leaves_is_no_proof(start):
-    """A run whose output nobody reads to its end, as under `| head`, does not exit 0."""
-    run = start("run", "-k", "fsdp2-w2/thin and one-hot and float32-float32/plain", "--impl", "fakes:Honest")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["list"], id="list"),
+        pytest.param(["run", "-k", f"{KEEP} and one-hot", "--impl", "fakes:Honest"], id="run"),
+    ],
+)
+def test_a_reader_that_leaves_is_no_proof(start, arguments):
+    """A command whose output nobody reads to its end, as under `| head`, does not exit 0, and leaves no traceback."""
+    run = start(*arguments)
     run.stdout.close()
     run.stdout = None
     _, said = run.communicate(timeout=START_SECONDS)
