@@ -107,7 +107,7 @@ def test_an_interrupted_run_ends_everything(hanging, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".json") == ["results.json"]
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.0, 0.2, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.2, 0.5, 1.0, 1.5])
 def test_an_interrupt_at_the_start_is_one_line(start, seconds):
     """Ctrl-C while the fork server and the JAX process still import what they need: no traceback from any of them."""
     run = start("run", "-k", KEEP, "--impl", "fakes:SleepsOnNf4")
