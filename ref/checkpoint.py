@@ -5,7 +5,7 @@ is read before every header agrees with config.json. What is computed from it st
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, no_type_check
@@ -183,19 +183,21 @@ def read_checkpoint(directory: Path, *, dtype: DTypeLike, layers: int | None = N
         InputError: float64 without jax_enable_x64.
     """
     config = LlamaConfig.from_json(directory / "config.json")
-    kept = config.num_hidden_layers if layers is None else layers
-    if not 1 <= kept <= config.num_hidden_layers:
-        raise CheckpointMismatch(
-            f"{kept} layers of {config.num_hidden_layers}", hint="ask for 1 or more, of those there"
-        )
+    kept = kept_layers(config, layers)
     if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         raise InputError(f"{dtype} is not to be had", hint="set jax_enable_x64")
-    files = _files_by_tensor(directory)
+    files = files_by_tensor(directory)
     _require_shapes(directory, files, tensor_shapes(config), tied=config.tie_word_embeddings)
+
+    return assembled(config, lambda name: read_tensor(files[name], name).astype(jnp.dtype(dtype)), kept=kept)
+
+
+def assembled(config: LlamaConfig, tensor: Callable[[str], np.ndarray], *, kept: int) -> Parameters:
+    """The parameters of the first `kept` layers, from a function that gives each tensor by its Hugging Face name."""
 
     def read(*names: str) -> Array:
         """One tensor, or several stacked: half as much memory again as the result, for a moment."""
-        parts = [_read_tensor(files[name], name).astype(jnp.dtype(dtype)) for name in names]
+        parts = [tensor(name) for name in names]
         return jnp.asarray(parts[0] if len(parts) == 1 else np.stack(parts))
 
     return Parameters(
@@ -209,7 +211,18 @@ def read_checkpoint(directory: Path, *, dtype: DTypeLike, layers: int | None = N
     )
 
 
-def _files_by_tensor(directory: Path) -> dict[str, Path]:
+def kept_layers(config: LlamaConfig, layers: int | None) -> int:
+    """How many layers to keep, once it is known that there are as many."""
+    kept = config.num_hidden_layers if layers is None else layers
+    if not 1 <= kept <= config.num_hidden_layers:
+        raise CheckpointMismatch(
+            f"{kept} layers of {config.num_hidden_layers}", hint="ask for 1 or more, of those there"
+        )
+
+    return kept
+
+
+def files_by_tensor(directory: Path) -> dict[str, Path]:
     """Which file holds which tensor."""
     found: dict[str, Path] = {}
     for path in sorted(directory.glob("*.safetensors")):
@@ -243,7 +256,8 @@ def _require_shapes(
         )
 
 
-def _read_tensor(path: Path, name: str) -> np.ndarray:
+def read_tensor(path: Path, name: str) -> np.ndarray:
+    """One tensor of a file."""
     with safe_open(path, "numpy") as stream:
         return stream.get_tensor(name)
 

@@ -40,8 +40,9 @@ half a bin of 16 and half a bin of 15."""
 FP4_TWELFTHS: Final = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 """Q2: the magnitudes of FP4 in twelfths, in the order of its codes' lower three bits. The fourth bit is the sign."""
 
-FP4_CODE: Final = np.array([*FP4_TWELFTHS, *(-twelfths for twelfths in FP4_TWELFTHS)], np.float32) / np.float32(12)
-"""Q2: the 16 values of bitsandbytes' FP4, which is not OCP's E2M1: code 8 stands for -0.0."""
+FP4_CODE: Final = np.array([*FP4_TWELFTHS, *(0 - twelfths for twelfths in FP4_TWELFTHS)], np.float32) / np.float32(12)
+"""Q2: the 16 values of bitsandbytes' FP4, which is not OCP's E2M1. Code 8 stands for 0 as well, of no sign in
+the table; CUDA's kernel gives it one."""
 
 DYNAMIC_DECADES: Final = 7
 """Q6: the dynamic map's magnitudes run over this many powers of ten."""
