@@ -63,12 +63,27 @@ def weight_norm(V_OK: Float[Array, "O *K"]) -> Float[Array, " O"]:
     V_OK = V_OK.reshape(V_OK.shape[0], math.prod(V_OK.shape[1:]))
     V_OK = _at_least(V_OK, jnp.dtype(jnp.float32))
 
-    power_O = _power_of_two(jnp.max(jnp.abs(V_OK), axis=1, initial=0))
+    power_O = power_of_two(jnp.max(jnp.abs(V_OK), axis=1, initial=0))
     squares_O = jnp.sum(jnp.square(V_OK / power_O[:, None]), axis=1)
+
+    return scaled_root(squares_O, power_O)
+
+
+def scaled_root(squares_O: Float[Array, " O"], power_O: Float[Array, " O"]) -> Float[Array, " O"]:
+    """D4: the norm from the sum of squares of a row that was divided by a power of two; gradient 0 where it is 0."""
     zero_O = squares_O == 0
     n_O = jnp.where(zero_O, 0, power_O * jnp.sqrt(jnp.where(zero_O, 1, squares_O)))
 
     return _as_stored(n_O)
+
+
+def power_of_two(largest_O: Float[Array, " O"]) -> Float[Array, " O"]:
+    """D4: the power of two next to each number, within the range where its reciprocal is normal too; 1 for a zero."""
+    limits = jnp.finfo(largest_O.dtype)
+    bounded_O = jnp.clip(largest_O, 2 * limits.tiny, 1 / (2 * limits.tiny))
+    power_O = lax.reduce_precision(bounded_O, exponent_bits=limits.nexp, mantissa_bits=0)
+
+    return lax.stop_gradient(jnp.where(largest_O == 0, 1, power_O))
 
 
 def zero_rows(V_OK: Float[Array, "O *K"]) -> Bool[Array, " O"]:
@@ -247,15 +262,6 @@ def merge(W_OI: Float[Array, "O I"], adapter: Adapter, *, scaling: float) -> Flo
 def _at_least(W_OK: Float[Array, "O *K"], dtype: jnp.dtype) -> Float[Array, "O *K"]:
     """The same numbers in the wider of the two dtypes."""
     return W_OK if jnp.finfo(W_OK.dtype).bits >= jnp.finfo(dtype).bits else W_OK.astype(dtype)
-
-
-def _power_of_two(largest_O: Float[Array, " O"]) -> Float[Array, " O"]:
-    """The power of two next to each number, within the range where its reciprocal is normal too; 1 for a zero."""
-    limits = jnp.finfo(largest_O.dtype)
-    bounded_O = jnp.clip(largest_O, 2 * limits.tiny, 1 / (2 * limits.tiny))
-    power_O = lax.reduce_precision(bounded_O, exponent_bits=limits.nexp, mantissa_bits=0)
-
-    return lax.stop_gradient(jnp.where(largest_O == 0, 1, power_O))
 
 
 def _as_stored(n_O: Float[Array, " O"]) -> Float[Array, " O"]:

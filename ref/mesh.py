@@ -1,0 +1,376 @@
+"""Sharding over a mesh of three axes: FSDP, hybrid, tensor-parallel, and any two or three of them at once.
+
+Axes: N data-parallel ranks, T tokens of one, I in, O out, R rank of the adapter; small letters (o, i) are a tensor
+rank's part. Clauses S9 and S10, over S3, S4 and S8. A mesh has the axes
+
+    replicate   whole copies of what `shard` cuts; gradients are averaged                      S9
+    shard       dim 0 of every parameter, gathered in its layer's forward, as FSDP does        S1, S8
+    tensor      the output rows of a column-parallel layer, the input features of a row-parallel one      S10
+
+A layer's parameters on tensor rank p, and its forward; each collective of the backward is written out beside its own:
+
+    column    W[p] (o, I)   A (R, I)      B[p] (o, R)   m[p], b[p] (o)     y[p] = c[p] * (x V[p]') + b[p]
+    row       W[p] (O, i)   A[p] (R, i)   B (O, R)      m, b (O)           y = c * sum_p (x[p] V[p]') + b
+
+with n[p] local in the first, and n^2 = sum_p n[p]^2 in the second. `placed` is the other way to write the same: the
+unsharded program under `jit`, with arrays that carry a NamedSharding.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float, Num
+
+from ref.dora import direction, forward_with_ratio, power_of_two, ratio, scaled_root, weight_norm
+from ref.layouts import up_to
+from ref.types import Adapter, InputError, Layer
+
+REPLICATE: Final = "replicate"
+"""S9: the axis along which ranks hold the same shards."""
+
+SHARD: Final = "shard"
+"""S1: the axis along which dim 0 of every parameter is cut."""
+
+TENSOR: Final = "tensor"
+"""S10: the axis along which a layer's features are cut."""
+
+Cut: TypeAlias = Literal["column", "row"]
+"""S10: which features of a layer the tensor axis cuts: the output ones, or the input ones."""
+
+
+def make_mesh(*, replicate: int = 1, shard: int = 1, tensor: int = 1) -> Mesh:
+    """S9, S10: a mesh of the three axes, `tensor` the innermost, as its ranks talk most.
+
+    Raises:
+        InputError: where there are fewer devices than ranks.
+    """
+    count, devices = replicate * shard * tensor, jax.devices()
+    if len(devices) < count:
+        raise InputError(
+            f"{count} ranks want as many devices, and there are {len(devices)}",
+            hint="set jax_num_cpu_devices before JAX's first use",
+        )
+    axes = (REPLICATE, SHARD, TENSOR)
+
+    return jax.make_mesh((replicate, shard, tensor), axes, axis_types=(AxisType.Auto,) * 3, devices=devices[:count])
+
+
+# Where each parameter lies.
+
+
+def placements(layer: Layer, *, cut: Cut) -> Layer:
+    """S1, S10: a layer of PartitionSpecs in place of its arrays; what the tensor axis cuts, `shard` cuts again."""
+    column = cut == "column"
+    rows = PartitionSpec((TENSOR, SHARD)) if column else PartitionSpec(SHARD)
+    wide = PartitionSpec((TENSOR, SHARD)) if column else PartitionSpec(SHARD, TENSOR)
+    A_spec = PartitionSpec(SHARD) if column else PartitionSpec(SHARD, TENSOR)
+    bias = None if layer.bias is None else rows
+
+    return Layer(wide, Adapter(A_spec, rows, rows), bias, scaling=layer.scaling)
+
+
+# Pairs of collectives: the one of the forward pass, and the one that it brings about in the backward pass.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather_rows(shard_D: Float[Array, "d *K"], rows: int) -> Float[Array, "D *K"]:
+    """S9, S11: gather a trained parameter within a replica; its gradient returns as the mean over all data ranks.
+
+    forward   all_gather over `shard`
+    backward  reduce_scatter over `shard`, mean over `replicate`, division by the size of `shard`
+    """
+    return lax.all_gather(shard_D, SHARD, tiled=True)[:rows]
+
+
+def _gather_rows_forward(shard_D: Float[Array, "d *K"], rows: int) -> tuple[Float[Array, "D *K"], None]:
+    return gather_rows(shard_D, rows), None
+
+
+def _gather_rows_backward(_rows: int, _: None, cotangent_D: Float[Array, "D *K"]) -> tuple[Float[Array, "d *K"]]:
+    world_size = lax.axis_size(SHARD)
+    summed_D = lax.psum_scatter(_pad_rows(cotangent_D, world_size), SHARD, tiled=True)
+
+    return (lax.pmean(summed_D, REPLICATE) / world_size,)
+
+
+gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
+
+
+@jax.custom_vjp
+def use_on_all(whole: Float[Array, "*K"]) -> Float[Array, "*K"]:
+    """S10: hand a whole value to every tensor rank's part; the parts of its gradient are summed, never averaged.
+
+    forward   nothing
+    backward  all_reduce (sum) over `tensor`
+    """
+    return whole
+
+
+use_on_all.defvjp(lambda whole: (whole, None), lambda _, cotangent: (lax.psum(cotangent, TENSOR),))
+
+
+@jax.custom_vjp
+def sum_of_all(part: Float[Array, "*K"]) -> Float[Array, "*K"]:
+    """S10: the sum of all tensor ranks' parts; each part's gradient is the sum's own.
+
+    forward   all_reduce (sum) over `tensor`
+    backward  nothing
+    """
+    return lax.psum(part, TENSOR)
+
+
+sum_of_all.defvjp(lambda part: (lax.psum(part, TENSOR), None), lambda _, cotangent: (cotangent,))
+
+
+@jax.custom_vjp
+def own_features(x_TI: Float[Array, "T I"]) -> Float[Array, "T i"]:
+    """S10: this tensor rank's features of a whole input.
+
+    forward   a slice
+    backward  all_gather over `tensor`
+    """
+    width = x_TI.shape[1] // lax.axis_size(TENSOR)
+
+    return lax.dynamic_slice_in_dim(x_TI, lax.axis_index(TENSOR) * width, width, axis=1)
+
+
+own_features.defvjp(
+    lambda x_TI: (own_features(x_TI), None),
+    lambda _, cotangent: (lax.all_gather(cotangent, TENSOR, axis=1, tiled=True),),
+)
+
+
+@jax.custom_vjp
+def all_features(x_Ti: Float[Array, "T i"]) -> Float[Array, "T I"]:
+    """S10: the whole input from all tensor ranks' features.
+
+    forward   all_gather over `tensor`
+    backward  a slice
+    """
+    return lax.all_gather(x_Ti, TENSOR, axis=1, tiled=True)
+
+
+all_features.defvjp(lambda x_Ti: (all_features(x_Ti), None), lambda _, cotangent: (own_features(cotangent),))
+
+
+# One layer on one rank: `held` is its part of the tensor axis, gathered over `shard`.
+
+
+def column_parallel(x_TI: Float[Array, "T I"], held: Layer) -> Float[Array, "T o"]:
+    """S10: this tensor rank's output features, from whole inputs; the norm is local, no collective in the forward.
+
+    dA and dx are sums over the tensor ranks of what each one's rows give.
+    """
+    x_TI = use_on_all(x_TI)
+    adapter = replace(held.adapter, lora_A=use_on_all(held.adapter.lora_A))
+    V_oI = direction(held.weight, adapter.lora_A, adapter.lora_B, scaling=held.scaling)
+    c_o = ratio(adapter.magnitude, lax.stop_gradient(weight_norm(V_oI)))
+
+    return forward_with_ratio(x_TI, held.weight, adapter, c_O=c_o, scaling=held.scaling, bias_O=held.bias)
+
+
+def row_parallel(x_Ti: Float[Array, "T i"], held: Layer) -> Float[Array, "T O"]:
+    """S10: whole outputs from this tensor rank's input features: y0 and n^2 are summed before anything else.
+
+        y0 = sum_p (x[p] V[p]'),        n^2 = sum_p n[p]^2,        y = (m / n) * y0 + b
+
+    so that dm, which holds y0, sees the whole of it. dB is the sum of what each tensor rank's features give.
+    """
+    adapter = replace(held.adapter, lora_B=use_on_all(held.adapter.lora_B))
+    n_O = lax.stop_gradient(norm_of_cut_rows(held))
+
+    part_TO = forward_with_ratio(x_Ti, held.weight, adapter, c_O=jnp.ones_like(n_O), scaling=held.scaling)
+    y_TO = ratio(adapter.magnitude, n_O)[None, :] * sum_of_all(part_TO.astype(n_O.dtype))
+    y_TO = y_TO if held.bias is None else y_TO + held.bias.astype(n_O.dtype)[None, :]
+
+    return y_TO.astype(x_Ti.dtype)
+
+
+def norm_of_cut_rows(held: Layer) -> Float[Array, " O"]:
+    """S10, D4: the norm of rows that the tensor axis cuts: squares over one power of two are summed, then rooted."""
+    V_Oi = direction(held.weight, held.adapter.lora_A, held.adapter.lora_B, scaling=held.scaling)
+    V_Oi = lax.stop_gradient(V_Oi)
+    power_O = power_of_two(lax.pmax(jnp.max(jnp.abs(V_Oi), axis=1, initial=0), TENSOR))
+    squares_O = lax.psum(jnp.sum(jnp.square(V_Oi / power_O[:, None]), axis=1), TENSOR)
+
+    return scaled_root(squares_O, power_O)
+
+
+def gather_unit(held: Layer, *, heights: Layer) -> Layer:
+    """S8: one tensor rank's whole part of a layer, from the rows that each of the `shard` ranks holds.
+
+    `heights` holds in each array's place how many of its rows are no padding. What is frozen has no gradient to reduce.
+    """
+    frozen = jax.tree.map(
+        lambda shard_D, rows: lax.all_gather(shard_D, SHARD, tiled=True)[:rows],
+        (held.weight, held.bias),
+        (heights.weight, heights.bias),
+    )
+    adapter = jax.tree.map(gather_rows, held.adapter, heights.adapter)
+
+    return Layer(frozen[0], adapter, frozen[1], scaling=held.scaling)
+
+
+# A stack of layers on the whole mesh.
+
+
+def stack(
+    x_TI: Float[Array, "T I"], layers: Sequence[Layer], *, cuts: Sequence[Cut], heights: Sequence[Layer], relu: bool
+) -> Float[Array, "T O"]:
+    """S8, S10: one rank's program; features are gathered or sliced only where a layer wants the other form.
+
+    `jax.checkpoint` gathers parameters again for the backward pass instead of keeping the whole.
+    """
+    features_cut = False
+    for position, (held, cut, rows) in enumerate(zip(layers, cuts, heights, strict=True)):
+        x_TI = jax.nn.relu(x_TI) if relu and position else x_TI
+        if features_cut != (cut == "row"):
+            x_TI = own_features(x_TI) if cut == "row" else all_features(x_TI)
+        x_TI = jax.checkpoint(partial(_unit, cut=cut, heights=rows))(x_TI, held)
+        features_cut = cut == "column"
+
+    return all_features(x_TI) if features_cut else x_TI
+
+
+def _unit(x_TI: Float[Array, "T I"], held: Layer, *, cut: Cut, heights: Layer) -> Float[Array, "T O"]:
+    whole = gather_unit(held, heights=heights)
+
+    return column_parallel(x_TI, whole) if cut == "column" else row_parallel(x_TI, whole)
+
+
+def mesh_gradients(
+    x_NTI: Float[Array, "N T I"],
+    layers: Sequence[Layer],
+    *,
+    G_NTO: Float[Array, "N T O"],
+    mesh: Mesh,
+    cuts: Sequence[Cut],
+    relu: bool = False,
+) -> tuple[Float[Array, "N T O"], list[Adapter]]:
+    """S3, S9, S10: forward and backward of a stack of layers; N is the number of data ranks, `replicate` times `shard`.
+
+    Data rank k computes `y_k = stack(x_k)` and backpropagates `sum(G_k * y_k)`; gradients are averaged over data ranks.
+
+    Returns:
+        Every data rank's output, and each layer's gradient put together from the shards of all ranks.
+
+    Raises:
+        InputError: where N is no such product, the features that `cuts` names don't divide by the size of `tensor`, or
+            there is not one cut a layer.
+    """
+    _require_fits(x_NTI.shape[0], layers, mesh=mesh, cuts=cuts)
+    whole = [_pieces(layer, cut, mesh) for layer, cut in zip(layers, cuts, strict=True)]
+    padded = [jax.tree.map(lambda piece: piece.padded, pieces, is_leaf=_is_piece) for pieces in whole]
+    heights = [jax.tree.map(lambda piece: piece.rows, pieces, is_leaf=_is_piece) for pieces in whole]
+    specs = [placements(layer, cut=cut) for layer, cut in zip(layers, cuts, strict=True)]
+    batch = PartitionSpec((REPLICATE, SHARD))
+
+    def rank_step(x_1TI: Array, G_1TO: Array, held: list[Layer]) -> tuple[Array, list[Adapter]]:
+        def outputs(adapters: list[Adapter]) -> Array:
+            adapted = [replace(layer, adapter=adapter) for layer, adapter in zip(held, adapters, strict=True)]
+            return stack(x_1TI[0], adapted, cuts=cuts, heights=heights, relu=relu)
+
+        y_TO, pull_back = jax.vjp(outputs, [layer.adapter for layer in held])
+        return y_TO[None], pull_back(G_1TO[0])[0]
+
+    # check_vma=False: the backward's collectives are those written above, and JAX adds none of its own
+    run = jax.shard_map(
+        rank_step,
+        mesh=mesh,
+        in_specs=(batch, batch, specs),
+        out_specs=(batch, [spec.adapter for spec in specs]),
+        check_vma=False,
+    )
+    y_NTO, gradients = jax.jit(run)(x_NTI, G_NTO, padded)
+
+    return y_NTO, [
+        jax.tree.map(lambda piece, array: piece.unpadded(array), pieces.adapter, gradient, is_leaf=_is_piece)
+        for pieces, gradient in zip(whole, gradients, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """S1: a parameter with each tensor rank's rows padded to a multiple of the size of `shard`."""
+
+    padded: Num[Array, "P *K"]
+    """The rows and, behind each tensor rank's, the zeros."""
+
+    rows: int
+    """How many of one tensor rank's rows are no zeros."""
+
+    parts: int
+    """Among how many tensor ranks the rows are dealt: 1 where `tensor` cuts another dim or none."""
+
+    def unpadded(self, array: Num[Array, "P *K"]) -> Num[Array, "D *K"]:
+        """The rows alone, of an array laid out like this one."""
+        by_part = array.reshape(self.parts, -1, *array.shape[1:])[:, : self.rows]
+        return by_part.reshape(-1, *array.shape[1:])
+
+
+def _is_piece(value: object) -> bool:
+    return isinstance(value, _Piece)
+
+
+def _pieces(layer: Layer, cut: Cut, mesh: Mesh) -> Layer:
+    """A layer of pieces in place of its arrays."""
+
+    def piece(array: Num[Array, "D *K"], spec: PartitionSpec) -> _Piece:
+        parts = mesh.shape[TENSOR] if spec[0] == (TENSOR, SHARD) else 1
+        by_part = jnp.split(array, parts)
+        padded = jnp.concatenate([_pad_rows(part, mesh.shape[SHARD]) for part in by_part])
+        return _Piece(padded, rows=by_part[0].shape[0], parts=parts)
+
+    return jax.tree.map(piece, layer, placements(layer, cut=cut))
+
+
+def _require_fits(batches: int, layers: Sequence[Layer], *, mesh: Mesh, cuts: Sequence[Cut]) -> None:
+    data_ranks, tensor_ranks = mesh.shape[REPLICATE] * mesh.shape[SHARD], mesh.shape[TENSOR]
+    if batches != data_ranks:
+        raise InputError(f"{batches} batches for {data_ranks} data ranks", hint="give one a rank of replicate x shard")
+    if len(cuts) != len(layers):
+        raise InputError(f"{len(cuts)} cuts for {len(layers)} layers", hint="give 'column' or 'row' for each")
+    for layer, cut in zip(layers, cuts, strict=True):
+        features = layer.weight.shape[0 if cut == "column" else 1]
+        if features % tensor_ranks:
+            raise InputError(
+                f"{features} features do not divide among {tensor_ranks} tensor ranks",
+                hint=f"pad the weight {layer.weight.shape}, or cut it the other way",
+            )
+
+
+def _pad_rows(array_D: Num[Array, "D *K"], world_size: int) -> Num[Array, "P *K"]:
+    """Zero rows behind, up to a multiple of the world size."""
+    behind = up_to(array_D.shape[0], world_size) - array_D.shape[0]
+
+    return jnp.pad(array_D, [(0, behind)] + [(0, 0)] * (array_D.ndim - 1))
+
+
+# The form that a JAX user writes: the unsharded program, and arrays that know where they lie.
+
+
+def placed(layer: Layer, *, mesh: Mesh, cut: Cut) -> Layer:
+    """S9, S10: the same layer with every array laid out by `placements`, for `jit` to keep to.
+
+    A dim that does not divide by its axes' sizes stays whole, as NamedSharding wants equal shards.
+    """
+
+    def place(array: Num[Array, "..."], spec: PartitionSpec) -> Num[Array, "..."]:
+        kept = [_dividing(size, axes, mesh) for size, axes in zip(array.shape, spec, strict=False)]
+        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*kept)))
+
+    return jax.tree.map(place, layer, placements(layer, cut=cut))
+
+
+def _dividing(size: int, axes: str | tuple[str, ...] | None, mesh: Mesh) -> str | tuple[str, ...] | None:
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    ranks = math.prod(mesh.shape[name] for name in names)
+
+    return None if size % ranks else axes
