@@ -29,6 +29,8 @@ WITHOUT_CASES = {
     "T4": "no case varies the precision of the optimizer's state yet",
     "T5": "no case recomputes or reduces late yet",
     "T6": "no case resumes yet",
+    "C1": "a file of adapters is no shard",
+    "C2": "a file of adapters is no shard",
     "C3": "a refusal gives no shard to compare",
     "C4": "a refusal gives no shard to compare",
 }
