@@ -147,6 +147,19 @@ def test_c1_every_fault_is_listed(tmp_path):
         adapter_files.read_adapter(tmp_path)
 
 
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "magnitude"])
+def test_c1_each_part_has_its_shape(tmp_path, part):
+    """A factor or a magnitude of another length is named with what was wanted."""
+    adapter_files.write_adapter(tmp_path, adapters(), CONFIG)
+    stored = f"base_model.model.first{adapter_files.SPELLINGS[part][0]}"
+    found = load_file(tmp_path / adapter_files.WEIGHTS)
+    found[stored] = found[stored][:-1].copy()
+    save_file(found, tmp_path / adapter_files.WEIGHTS)
+
+    with pytest.raises(AdapterMismatch, match=rf"first\.{part} has shape .* wanted"):
+        adapter_files.read_adapter(tmp_path, shapes={"first": (6, 4), "conv": (5, 3, 2, 2)})
+
+
 def test_c1_another_model_is_refused(tmp_path):
     """Layers without an adapter, adapters without a layer, and other widths are named."""
     adapter_files.write_adapter(tmp_path, adapters(), CONFIG)

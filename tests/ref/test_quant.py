@@ -294,8 +294,24 @@ def test_q5_bnb_cpu_is_bitwise(shape, dtype, nested):
 @plain_and_nested
 @of_dtypes
 def test_q5_bnb_cpu_is_bitwise_on_many(dtype, nested):
-    """So they are for 100,000 values and more."""
-    assert_encodes_as_bitsandbytes(weight(179, 576, dtype=dtype), nested=nested)
+    """So they are for a million values and more."""
+    assert_encodes_as_bitsandbytes(weight(1737, 576, dtype=dtype), nested=nested)
+
+
+EXTREMES = [1e-45, 1e-40, 1.2e-38, 1e-20, 6e4, 1e30, 3e38]
+
+
+@plain_and_nested
+@of_dtypes
+def test_q5_bnb_cpu_is_bitwise_on_extreme_blocks(dtype, nested):
+    """Blocks of zeros, denormal, tiny and huge numbers, side by side, get bitsandbytes' bytes in every dtype."""
+    sizes = torch.tensor([0.0, *(size for size in EXTREMES if size < torch.finfo(dtype).max)])
+    if nested:
+        sizes = sizes[sizes < 1e20]  # beyond, the float32 differences of scales are its own
+
+    values = (sizes[:, None] * torch.linspace(-1, 1, 64)[None, :]).to(dtype)
+
+    assert_encodes_as_bitsandbytes(values, nested=nested)
 
 
 def ties(scale):

@@ -53,6 +53,7 @@ KINDS = {
     "plain": {"bnb_4bit_use_double_quant": False},
     "fp4": {"bnb_4bit_quant_type": "fp4"},
     "bf16 storage": {"storage": torch.bfloat16, "dtype": torch.bfloat16},
+    "float16 storage": {"storage": torch.float16, "dtype": torch.float16},
     "float32 storage": {"storage": torch.float32},
 }
 
