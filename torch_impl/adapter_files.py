@@ -24,7 +24,7 @@ from torch_impl.errors import AdapterFileError, ShardingError
 from torch_impl.inject import apply_dora, target_names
 from torch_impl.layers import DoraLinear
 from torch_impl.quant import refuse_non_finite
-from torch_impl.shards import LocalShard, is_sharded, local_shards, unwrapped_name
+from torch_impl.shards import LocalShard, is_sharded, local_shards, unwrapped_name, without_ddp
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -125,18 +125,19 @@ def _merged(layer: DoraLinear) -> nn.Linear:
 
 def _layers(model: nn.Module) -> dict[str, DoraLinear]:
     """The DoRA layers by their name in the unwrapped model."""
-    return {unwrapped_name(name): layer for name, layer in model.named_modules() if isinstance(layer, DoraLinear)}
+    modules = without_ddp(model).named_modules()
+    return {unwrapped_name(name): layer for name, layer in modules if isinstance(layer, DoraLinear)}
 
 
 def _peft_config(model: nn.Module) -> dict[str, Any]:
     """What PEFT reads; targets are full names, so that no other model's layers can match by accident."""
     layers = _layers(model)
-    configs = {(c.rank, c.alpha, c.rank_stabilized) for c in (layer.config for layer in layers.values())}
+    configs = {(c.rank, c.alpha, c.rank_stabilized, c.method) for c in (layer.config for layer in layers.values())}
     if len(configs) != 1:
         raise AdapterFileError(
             f"{len(configs)} adapter configurations in one model", hint="save a model that apply_dora made"
         )
-    rank, alpha, rank_stabilized = configs.pop()
+    rank, alpha, rank_stabilized, method = configs.pop()
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -144,7 +145,7 @@ def _peft_config(model: nn.Module) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "use_rslora": rank_stabilized,
-        "use_dora": True,
+        "use_dora": method == "dora",
         "target_modules": sorted(layers),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -169,12 +170,16 @@ def _whole_adapter(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _gathered(shard: LocalShard) -> Tensor:
-    """The whole tensor, bit for bit: each rank puts its part into zeros, and the bits are summed as integers."""
+    """The whole tensor, bit for bit: each rank puts its part into zeros, and the bits' maximum is taken as integers.
+
+    Unsigned, they are at least 0; replicas of one part (S9) agree, where a sum would count them twice.
+    """
     whole = torch.zeros(shard.global_shape, dtype=torch.float32, device=shard.tensor.device)
     flat = len(shard.index) == 1
     (whole.view(-1) if flat else whole)[shard.index[0] if flat else shard.index] = shard.tensor
-    distributed.all_reduce(whole.view(torch.int32))
-    return whole
+    bits = whole.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    distributed.all_reduce(bits, op=distributed.ReduceOp.MAX)
+    return bits.to(torch.int32).view(torch.float32)
 
 
 def _anywhere(here: bool) -> bool:
@@ -209,10 +214,8 @@ def _read_config(path: Path, **own: Any) -> DoraConfig:
         raise AdapterFileError(
             f"{path} can't be read: {problem}", hint="give the folder that save_adapter or PEFT wrote"
         ) from None
-    if not isinstance(found, dict) or found.get("peft_type") != "LORA" or not found.get("use_dora"):
-        raise AdapterFileError(
-            f"{path} describes no DoRA adapter", hint='it needs "peft_type": "LORA" and "use_dora": true'
-        )
+    if not isinstance(found, dict) or found.get("peft_type") != "LORA":
+        raise AdapterFileError(f"{path} describes no LoRA or DoRA adapter", hint='it needs "peft_type": "LORA"')
     for key in _UNSUPPORTED:
         if found.get(key):
             hint = "outside training it changes nothing: set it to 0" if key == "lora_dropout" else "it isn't supported"
@@ -225,6 +228,7 @@ def _read_config(path: Path, **own: Any) -> DoraConfig:
         alpha=found["lora_alpha"],
         target_modules=found["target_modules"],
         rank_stabilized=bool(found.get("use_rslora")),
+        method="dora" if found.get("use_dora") else "lora",
         **own,
     )
 
@@ -236,7 +240,8 @@ def _expected_shapes(model: nn.Module, config: DoraConfig) -> dict[str, tuple[in
         linear = model.get_submodule(name)
         shapes[f"{name}.lora_A"] = (config.rank, linear.in_features)
         shapes[f"{name}.lora_B"] = (linear.out_features, config.rank)
-        shapes[f"{name}.magnitude"] = (linear.out_features,)
+        if config.method == "dora":
+            shapes[f"{name}.magnitude"] = (linear.out_features,)
     return shapes
 
 

@@ -10,10 +10,11 @@ from typing import Literal, get_args
 
 import torch
 
-from torch_impl.errors import DtypeError, RankError, ScalingError, ShardingError, StorageError, TargetError
+from torch_impl.errors import DtypeError, OptionError, RankError, ScalingError, ShardingError, StorageError, TargetError
 
 ALL_LINEAR = "all-linear"
-Strategy = Literal["fsdp2", "fsdp1", "fsdp1-orig", "none"]
+Method = Literal["dora", "lora"]
+Strategy = Literal["fsdp2", "fsdp1", "fsdp1-orig", "hsdp", "ddp", "none"]
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those that the four-bit decoder writes, too
 STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -59,6 +60,7 @@ class DoraConfig:
         TargetError: `target_modules` is empty.
         DtypeError: `compute_dtype` is none that a layer can multiply in.
         StorageError: `quant` is no name that is known.
+        OptionError: `method` is neither `dora` nor `lora`.
     """
 
     rank: int
@@ -73,6 +75,8 @@ class DoraConfig:
     """Whether s divides by sqrt(r) instead of r (D1)."""
     compute_dtype: torch.dtype | None = None
     """What the layer multiplies in; None is the dtype of the base layer's weight before it was packed."""
+    method: Method = "dora"
+    """`lora` leaves the magnitude out: y = x (W + s B A)' + b, in the same units and under the same names."""
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
@@ -89,6 +93,8 @@ class DoraConfig:
             )
         if isinstance(self.quant, str) and self.quant != "nf4":
             raise StorageError(f"quant {self.quant!r} is unknown", hint='use None, "nf4" or a QuantConfig')
+        if self.method not in get_args(Method):
+            raise OptionError(f"method {self.method!r} is unknown", hint="use dora or lora")
 
     @property
     def scaling(self) -> float:
@@ -111,17 +117,24 @@ class ShardConfig:
     """
 
     strategy: Strategy = "fsdp2"
-    """`fsdp1` is torch's FSDP, `fsdp1-orig` the same with `use_orig_params=True`, `fsdp2` is `fully_shard`."""
+    """`fsdp1` is torch's FSDP, `fsdp1-orig` the same with `use_orig_params=True`, `fsdp2` is `fully_shard`, `hsdp` is
+    `fully_shard` on a mesh of replicas and shards (S9), `ddp` replicates, `none` leaves the model as it is."""
     param_dtype: torch.dtype | None = None
     """What dense weights, norms and embeddings are gathered as; never adapters (D11), never packed bytes (S6)."""
     reduce_dtype: torch.dtype | None = None
     """What gradients of anything but adapters are reduced in; adapters reduce in float32 (D11)."""
+    shard_size: int | None = None
+    """`hsdp` only: ranks that share one copy; None is half of the world, or all of an odd one."""
+    cpu_offload: bool = False
+    """`fsdp2` and `hsdp` on GPUs: shards stay in host memory between uses."""
 
     def __post_init__(self) -> None:
         if self.strategy not in get_args(Strategy):
             raise ShardingError(
                 f"strategy {self.strategy!r} is unknown", hint=f"use one of {', '.join(get_args(Strategy))}"
             )
+        if self.cpu_offload and self.strategy not in ("fsdp2", "hsdp"):
+            raise ShardingError(f"{self.strategy} doesn't offload here", hint="use fsdp2 or hsdp, or no cpu_offload")
         for name in ("param_dtype", "reduce_dtype"):
             dtype = getattr(self, name)
             if dtype is not None and not dtype.is_floating_point:

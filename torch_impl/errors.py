@@ -50,3 +50,27 @@ class ShardingError(DoraError):
 
 class AdapterFileError(DoraError):
     """Adapter files that are missing, truncated, or disagree with the model (C1, C3)."""
+
+
+class OptionError(DoraError):
+    """An option of the command line that can't be honoured, alone or beside another."""
+
+
+class DataError(DoraError):
+    """Training text that is missing, unreadable, or too short to train on."""
+
+
+class ModelFileError(DoraError):
+    """A base model's files that are missing, truncated, pickled, or disagree with their configuration (C2, C3)."""
+
+
+class CheckpointError(DoraError):
+    """A training checkpoint that can't be written, isn't whole, or belongs to another run (S12, C3, C4)."""
+
+
+class TrainingStoppedError(DoraError):
+    """A loss or gradient that no step should be made from; the message names step and parameters."""
+
+
+class PeerLostError(DoraError):
+    """A collective failed because another rank is gone."""

@@ -15,6 +15,7 @@ from torch_impl import quant
 from torch_impl.config import ALL_LINEAR, COMPUTE_DTYPES, DoraConfig, QuantConfig
 from torch_impl.errors import DtypeError, RankError, TargetError
 from torch_impl.layers import DenseBase, DoraLinear, PackedBase
+from torch_impl.phases import timed
 
 
 def apply_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
@@ -39,7 +40,7 @@ def apply_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
     names = list(target_names(model, config))
     targets = [model.get_submodule(name) for name in names]
     for name, linear in zip(names, targets, strict=True):
-        _refuse(name, linear, config)
+        refuse_target(name, linear, config)
     made = {id(linear): dora_linear(linear, config, name=name) for name, linear in zip(names, targets, strict=True)}
     model.requires_grad_(False)
     for name, linear in zip(names, targets, strict=True):
@@ -52,10 +53,12 @@ def dora_linear(linear: nn.Linear, config: DoraConfig, *, name: str = "") -> Dor
     """One DoRA layer over one linear layer; its weight is shared where it stays dense."""
     if linear.bias is not None:
         quant.refuse_non_finite(linear.bias, f"{name}.bias")
-    base = _base(linear, config.quant_config, name=f"{name}.weight")
+    with timed("quantise" if config.quant else "take over"):
+        base = _base(linear, config.quant_config, name=f"{name}.weight")
     if config.compute_dtype is None and base.dtype not in COMPUTE_DTYPES:
         raise DtypeError(f"{name}.weight is {base.dtype}", hint=f"set compute_dtype to one of {COMPUTE_DTYPES}")
-    return DoraLinear(base, linear.bias, config).train(linear.training)
+    with timed("adapters"):
+        return DoraLinear(base, linear.bias, config).train(linear.training)
 
 
 def _base(linear: nn.Linear, config: QuantConfig | None, *, name: str) -> DenseBase | PackedBase:
@@ -117,8 +120,13 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
     return None if find is None else find()
 
 
-def _refuse(name: str, module: nn.Module, config: DoraConfig) -> None:
-    """What can be told from shapes and types, before anything is changed."""
+def refuse_target(name: str, module: nn.Module, config: DoraConfig) -> None:
+    """Refuse what can be told from shapes and types, before anything is changed.
+
+    Raises:
+        TargetError: the module is no linear layer inside a model.
+        RankError: the rank is larger than both its sides.
+    """
     if not isinstance(module, nn.Linear) or name == "":
         raise TargetError(
             f"{name or 'the model itself'} is a {type(module).__name__}",

@@ -93,6 +93,47 @@ class DoraProduct(torch.autograd.Function):
         return None, None, dx, dA_RI, dB_OR, dm_O, None
 
 
+class LoraProduct(torch.autograd.Function):
+    """y = x W' + s (x A') B' + b: `DoraProduct` with c = 1 and no magnitude, for `method="lora"`."""
+
+    @staticmethod
+    def forward(ctx: Any, arithmetic: Arithmetic, stored: Tensor, *tensors: Tensor | None) -> Tensor:
+        """Tensors are those of `DoraProduct`, the magnitude being None; y is (..., O) in x's dtype."""
+        x, A_RI, B_OR, _, bias_O = tensors
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = arithmetic.compute_dtype
+            x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
+            h_TR = x_TI @ A_RI.to(dtype).T
+            W_OI = arithmetic.decode(stored, dtype=dtype)
+            # shaped before it is computed: FSDP2 warns of an output that is a view
+            y = x_TI.new_empty(*x.shape[:-1], W_OI.shape[0])
+            y_TO = torch.mm(x_TI, W_OI.T, out=y.view(-1, W_OI.shape[0]))
+            y_TO.addmm_(h_TR, B_OR.to(dtype).T, alpha=arithmetic.scaling)
+            if bias_O is not None:
+                y = y.float() + bias_O
+        ctx.save_for_backward(x_TI, h_TR, A_RI, B_OR, stored)
+        ctx.arithmetic, ctx.x_shape, ctx.x_dtype = arithmetic, x.shape, x.dtype
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """With no ratio: dx = G W + s (G B) A in x's dtype; dA, dB in float32."""
+        x_TI, h_TR, A_RI, B_OR, stored = ctx.saved_tensors
+        dtype, scaling = ctx.arithmetic.compute_dtype, ctx.arithmetic.scaling
+        with torch.autocast(G.device.type, enabled=False):
+            G_TO = G.reshape(-1, G.shape[-1]).to(dtype)
+            GB_TR = G_TO @ B_OR.to(dtype)
+            dB_OR = scaling * (G_TO.T @ h_TR).float()
+            dA_RI = scaling * (GB_TR.T @ x_TI).float()
+            dx = None
+            if ctx.needs_input_grad[2]:
+                dx_TI = G_TO @ ctx.arithmetic.decode(stored, dtype=dtype)
+                dx_TI.addmm_(GB_TR, A_RI.to(dtype), alpha=scaling)
+                dx = dx_TI.to(ctx.x_dtype).reshape(ctx.x_shape)
+        return None, None, dx, dA_RI, dB_OR, None, None
+
+
 class DenseBase(nn.Module):
     """A frozen weight (O, I) in its own FSDP unit; its forward runs what it is given, while the weight is whole."""
 
@@ -185,6 +226,8 @@ class FrozenBias(nn.Module):
 class DoraLinear(nn.Module):
     """A linear layer y = c * (x W' + s (x A') B') + b whose A, B and m train in float32 (D11).
 
+    With `DoraConfig(method="lora")` it has no magnitude (`magnitude` is None) and c is 1.
+
     Args:
         base: the frozen weight, `DenseBase` or `PackedBase`.
         bias: the frozen bias (O), or None (D8: added after scaling, never scaled).
@@ -202,7 +245,9 @@ class DoraLinear(nn.Module):
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(config.rank, self.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.rank, dtype=torch.float32, device=device))
-        self.magnitude = nn.Parameter(torch.empty(self.out_features, dtype=torch.float32, device=device))
+        has_magnitude = config.method == "dora"
+        magnitude = torch.empty(self.out_features, dtype=torch.float32, device=device) if has_magnitude else None
+        self.register_parameter("magnitude", None if magnitude is None else nn.Parameter(magnitude))
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
         self.reset_magnitude()
 
@@ -214,6 +259,8 @@ class DoraLinear(nn.Module):
     def _product(self, base: DenseBase | PackedBase, *tensors: Tensor | None) -> Tensor:
         """Run by the base, in its forward."""
         arithmetic = Arithmetic(self.scaling, self.compute_dtype, base.decode)
+        if self.magnitude is None:
+            return LoraProduct.apply(arithmetic, base.weight, *tensors)
         return DoraProduct.apply(arithmetic, base.weight, *tensors)
 
     def _norm(self, base: DenseBase | PackedBase, A_RI: Tensor, B_OR: Tensor) -> Tensor:
@@ -229,6 +276,8 @@ class DoraLinear(nn.Module):
             MagnitudeRangeError: a row's norm is beyond float32.
             ShardingError: the layer is sharded already.
         """
+        if self.magnitude is None:
+            return
         if is_sharded(self):
             raise ShardingError("reset_magnitude needs the whole layer", hint="call it before shard_model")
         n_O = self.base(self._norm, self.lora_A, self.lora_B)
@@ -243,12 +292,13 @@ class DoraLinear(nn.Module):
         """D10: c * V by rows, in float32, of the weight the forward multiplies by."""
         return self.base(self._merge, self.lora_A, self.lora_B, self.magnitude)
 
-    def _merge(self, base: DenseBase | PackedBase, A_RI: Tensor, B_OR: Tensor, m_O: Tensor) -> Tensor:
+    def _merge(self, base: DenseBase | PackedBase, A_RI: Tensor, B_OR: Tensor, m_O: Tensor | None) -> Tensor:
         """Run by the base, in its forward."""
         W_OI = base.decode(base.weight, dtype=self.compute_dtype)
-        c_O = ratio(m_O, weight_norm(W_OI, A_RI, B_OR, scaling=self.scaling))
         V_OI = torch.addmm(W_OI.float(), B_OR, A_RI, alpha=self.scaling)
-        return V_OI * c_O[:, None]
+        if m_O is None:
+            return V_OI
+        return V_OI * ratio(m_O, weight_norm(W_OI, A_RI, B_OR, scaling=self.scaling))[:, None]
 
     def extra_repr(self) -> str:
         """What the constructor was told."""

@@ -24,12 +24,14 @@ import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
     FullyShardedDataParallel,
     MixedPrecision,
     MixedPrecisionPolicy,
     fully_shard,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from torch_impl.config import ShardConfig
 from torch_impl.errors import ShardingError, StorageError
@@ -56,7 +58,9 @@ def shard_model(model: nn.Module, config: ShardConfig) -> nn.Module:
     if config.strategy == "none":
         return model
     _refuse(model, config)
-    wrap = _fully_shard(model, config) if config.strategy == "fsdp2" else _flat_wrap(model, config)
+    if config.strategy == "ddp":
+        return DistributedDataParallel(model)
+    wrap = _fully_shard(model, config) if config.strategy in ("fsdp2", "hsdp") else _flat_wrap(model, config)
     # Inner units first: a unit takes whatever parameters no earlier unit has taken.
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, DoraLinear)]
     # 1. Bases and biases, so that frozen members (and other dtypes) never share a unit with the adapter.
@@ -84,17 +88,45 @@ def _replace(model: nn.Module, name: str, wrap: Wrap, **policy: object) -> None:
 
 
 def _fully_shard(model: nn.Module, config: ShardConfig) -> Wrap:
-    """FSDP2: each parameter is cut along dim 0 (S1)."""
-    mesh: DeviceMesh = init_device_mesh(_device(model).type, (distributed.get_world_size(),))
+    """FSDP2: each parameter is cut along dim 0 (S1); `hsdp` does so within rows of a mesh, and averages across (S9)."""
+    mesh = _mesh(_device(model).type, config)
 
     def wrap(module: nn.Module, *, param_dtype: torch.dtype | None, cast_inputs: bool) -> nn.Module:
         reduce_dtype = config.reduce_dtype if cast_inputs else None
         policy = MixedPrecisionPolicy(
             param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=cast_inputs
         )
-        return cast("nn.Module", fully_shard(module, mesh=mesh, mp_policy=policy))
+        offload = {"offload_policy": CPUOffloadPolicy()} if config.cpu_offload else {}
+        return cast("nn.Module", fully_shard(module, mesh=mesh, mp_policy=policy, **offload))
 
     return wrap
+
+
+def shard_size(config: ShardConfig, *, world_size: int) -> int:
+    """How many ranks share one copy of the parameters under `config`: 1 where nothing is cut.
+
+    Raises:
+        ShardingError: `hsdp` with a shard size that doesn't divide the world.
+    """
+    if config.strategy in ("ddp", "none"):
+        return 1
+    if config.strategy != "hsdp":
+        return world_size
+    size = config.shard_size or (world_size // 2 if world_size % 2 == 0 else world_size)
+    if world_size % size:
+        raise ShardingError(
+            f"shard_size {size} doesn't divide the world of {world_size}", hint="use a divisor of the world size"
+        )
+    return size
+
+
+def _mesh(device: str, config: ShardConfig) -> DeviceMesh:
+    """All ranks in one row; for `hsdp` replicas of rows."""
+    world_size = distributed.get_world_size()
+    if config.strategy != "hsdp":
+        return init_device_mesh(device, (world_size,))
+    size = shard_size(config, world_size=world_size)
+    return init_device_mesh(device, (world_size // size, size), mesh_dim_names=("replica", "shard"))
 
 
 def _flat_wrap(model: nn.Module, config: ShardConfig) -> Wrap:
@@ -184,7 +216,7 @@ def _refuse_storage(name: str, layer: DoraLinear, config: ShardConfig) -> None:
             f"param_dtype {param_dtype} against quant_storage {storage} of {name}.base.weight (S6)",
             hint=f"use QuantConfig(quant_storage={param_dtype}), or leave param_dtype unset",
         )
-    if not storage.is_floating_point and config.strategy != "fsdp2":
+    if not storage.is_floating_point and config.strategy.startswith("fsdp1"):
         raise StorageError(
             f"{config.strategy} can't hold {storage} bytes of {name}.base.weight in a flat parameter (S7)",
             hint="use QuantConfig(quant_storage=torch.bfloat16), or fsdp2",

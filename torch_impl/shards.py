@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 _WRAPPER = "_fsdp_wrapped_module"
 
@@ -80,6 +81,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
 
 
+def without_ddp(model: nn.Module) -> nn.Module:
+    """The model itself where DDP wraps it: replicas are whole, and their names are the unwrapped ones."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def _shard(place: _Place, kind: str, tensor: Tensor) -> LocalShard:
     """The part of `tensor` that `place` names."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -97,6 +103,7 @@ def _state(optimizer: torch.optim.Optimizer | None, owner: nn.Parameter) -> dict
 
 def _places(model: nn.Module) -> Iterator[_Place]:
     """Every parameter's place, whatever the strategy."""
+    model = without_ddp(model)
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         yield from _flat_places(model)
         return
@@ -112,8 +119,9 @@ def _index(parameter: nn.Parameter) -> tuple[slice, ...]:
     whole = tuple(slice(0, size) for size in parameter.shape)
     if not isinstance(parameter, DTensor):
         return whole
-    rows = -(-parameter.shape[0] // parameter.device_mesh.size())
-    start = min(parameter.device_mesh.get_local_rank() * rows, parameter.shape[0])
+    axis = parameter.device_mesh.ndim - 1  # hsdp: replicas first, shards last
+    rows = -(-parameter.shape[0] // parameter.device_mesh.size(axis))
+    start = min(parameter.device_mesh.get_local_rank(axis) * rows, parameter.shape[0])
     return (slice(start, min(start + rows, parameter.shape[0])), *whole[1:])
 
 

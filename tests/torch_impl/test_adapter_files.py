@@ -139,7 +139,7 @@ BROKEN = {
     "config-not-json": (lambda f: (f / "adapter_config.json").write_text("{"), AdapterFileError, "can't be read"),
     "no-weights": (lambda f: (f / "adapter_model.safetensors").unlink(), AdapterFileError, "can't be read"),
     "truncated": (_truncate, AdapterFileError, "can't be read"),
-    "plain-lora": (_configured(use_dora=False), AdapterFileError, "no DoRA adapter"),
+    "other-peft-type": (_configured(peft_type="LOHA"), AdapterFileError, "no LoRA or DoRA adapter"),
     "dropout": (_configured(lora_dropout=0.1), AdapterFileError, "lora_dropout to 0.1"),
     "patterns": (_configured(rank_pattern={"layers.0": 2}), AdapterFileError, "rank_pattern"),
     "other-rank": (_configured(r=2), AdapterFileError, r"is \(3, 24\), the model needs \(2, 24\)"),

@@ -1,0 +1,139 @@
+"""Phases of a run: what a rank does now, for how long already, and a watchdog that ends a run that hangs.
+
+Words. A *phase* is a named part of a run (`load`, `step 7`) with a limit; its *detail* is the module at hand. Past the
+limit the rank that notices tells the others through the store that the launcher keeps; every rank prints its phase, its
+detail and its stack, ranks that don't answer are named by the one that noticed, and all end with `EXPIRED`.
+"""
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch_impl.recorder import Recorder
+
+EXPIRED = 3
+"""Exit status of a run that a watchdog ended."""
+GRACE = 25.0
+"""Seconds from SIGTERM until a rank that hasn't stopped is ended: torchrun kills after 30."""
+_ANSWER_SECONDS = 4.0
+_POLL_SECONDS = 0.5
+
+_spent: defaultdict[str, float] = defaultdict(float)
+
+
+@contextmanager
+def timed(name: str) -> Iterator[None]:
+    """Add the time of the body to a name; `take_times` reads and clears them."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        _spent[name] += time.perf_counter() - start
+
+
+def take_times() -> dict[str, float]:
+    """Seconds by name since the last call."""
+    times = dict(_spent)
+    _spent.clear()
+    return times
+
+
+@dataclass
+class Phases:
+    """A rank's phases, told to its recorder and watched by a thread."""
+
+    rank: int
+    world_size: int
+    limit: float
+    """Seconds that any phase may take."""
+    recorder: Recorder | None = None
+    store: Any = None
+    """A connection of the watchdog's own to the launcher's store; None in a run of one process."""
+    names: tuple[str, ...] = ()
+    """`pid N on HOST` for each rank."""
+    detail: str = ""
+    stop_requested_at: float | None = None
+    _name: str = "start"
+    _since: float = field(default_factory=time.monotonic)
+    _main: int = field(default_factory=threading.get_ident)
+
+    def begin(self, name: str) -> None:
+        """Enter a phase; the one before it ends."""
+        self._name, self._since, self.detail = name, time.monotonic(), ""
+        if self.recorder is not None:
+            self.recorder.tell(f"phase {name}")
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A phase that rank 0 prints with its time, and with the times taken within it."""
+        self.begin(name)
+        take_times()
+        start = time.perf_counter()
+        yield
+        inner = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in take_times().items())
+        if self.rank == 0:
+            seconds = time.perf_counter() - start
+            sys.stdout.write(f"phase {name}: {seconds:.2f} s{f' ({inner})' if inner else ''}\n")
+            sys.stdout.flush()
+
+    def watch(self) -> None:
+        """Start the watchdog."""
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def _watch(self) -> None:
+        """Until the process ends: is this phase past its limit, or has another rank's passed?"""
+        while True:
+            time.sleep(_POLL_SECONDS)
+            stopping = self.stop_requested_at
+            if stopping is not None and time.monotonic() - stopping > GRACE:
+                self._end(f"not stopped {GRACE:.0f} s after SIGTERM")
+            if time.monotonic() - self._since > self.limit:
+                self._end(f"past --phase-timeout {self.limit:g} s")
+            if self._others_expired():
+                self._end("ended because another rank's phase is past its limit", noticed=False)
+
+    def _others_expired(self) -> bool:
+        """Whether some rank has called out; a store that is gone says nothing."""
+        try:
+            return self.store is not None and self.store.check(["dora/expired"])
+        except RuntimeError:
+            return False
+
+    def _end(self, reason: str, *, noticed: bool = True) -> None:
+        """Print this rank's phase, module and stack; wait for the others' where this rank noticed first; exit."""
+        seconds = time.monotonic() - self._since
+        frame = sys._current_frames().get(self._main)  # noqa: SLF001 - the documented way to another thread's stack
+        stack = "".join(traceback.format_stack(frame)) if frame else ""
+        where = f"{self._name}{f' at {self.detail}' if self.detail else ''}"
+        sys.stderr.write(f"rank {self.rank}: in {where} for {seconds:.1f} s, {reason}\n{stack}")
+        sys.stderr.flush()
+        if self.store is not None:
+            self._call_out(noticed=noticed)
+        if self.recorder is not None:
+            self.recorder.end()
+        os._exit(EXPIRED)
+
+    def _call_out(self, *, noticed: bool) -> None:
+        """Tell the others, and name those that don't answer."""
+        try:
+            self.store.set(f"dora/said/{self.rank}", "1")
+            if not noticed:
+                return
+            self.store.set("dora/expired", "1")
+            deadline = time.monotonic() + _ANSWER_SECONDS
+            silent = set(range(self.world_size))
+            while silent and time.monotonic() < deadline:
+                silent = {rank for rank in silent if not self.store.check([f"dora/said/{rank}"])}
+                time.sleep(0.1)
+        except RuntimeError:
+            return
+        for rank in sorted(silent):
+            who = f" ({self.names[rank]})" if self.names else ""
+            sys.stderr.write(f"rank {rank}{who} doesn't answer\n")
