@@ -1,0 +1,166 @@
+"""A run's processes: find the peers, stop when asked, end with the launcher, speak once.
+
+One process needs no launcher; more come from torchrun, whose environment variables are read here and nowhere else.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+
+from torch_impl.errors import DoraError, PeerLostError
+from torch_impl.phases import Phases
+from torch_impl.recorder import Recorder
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where this process sits, as the launcher says."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    launched: bool
+    """Whether torchrun started it."""
+    restart: int
+    """How often torchrun has started these ranks anew."""
+    restarts_left: bool
+
+
+def seat() -> Seat:
+    """Read torchrun's environment; a lone process is rank 0 of 1."""
+    number = {key: int(os.environ.get(key, default)) for key, default in _VARIABLES.items()}
+    return Seat(
+        rank=number["RANK"],
+        local_rank=number["LOCAL_RANK"],
+        world_size=number["WORLD_SIZE"],
+        launched="TORCHELASTIC_RUN_ID" in os.environ,
+        restart=number["TORCHELASTIC_RESTART_COUNT"],
+        restarts_left=number["TORCHELASTIC_RESTART_COUNT"] < number["TORCHELASTIC_MAX_RESTARTS"],
+    )
+
+
+_VARIABLES = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "TORCHELASTIC_RESTART_COUNT": "0",
+    "TORCHELASTIC_MAX_RESTARTS": "0",
+}
+
+
+@contextmanager
+def joined(place: Seat, *, phase_timeout: float) -> Iterator[Phases]:
+    """The process group and the phases of a run, until the body ends.
+
+    Raises:
+        PeerLostError: a collective failed.
+        DoraError: what the body raised, once it has been printed by the first rank that met it.
+    """
+    recorder = Recorder(
+        rank=place.rank,
+        host=socket.gethostname(),
+        launcher=os.getppid(),
+        waits=place.launched and not place.restarts_left,
+        speaks_for_launcher=place.local_rank == 0,
+    )
+    phases = Phases(place.rank, place.world_size, phase_timeout, recorder)
+    try:
+        if place.launched:
+            _end_with_parent()
+        _stop_on_sigterm(phases)
+        _join(place, phases)
+        phases.watch()
+        yield phases
+    finally:
+        with suppress(RuntimeError):
+            if distributed.is_initialized() and sys.exc_info()[0] is None:
+                distributed.destroy_process_group()
+        recorder.end()
+
+
+def _end_with_parent() -> None:
+    """A killed torchrun leaves its workers: have the kernel end them with it."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _stop_on_sigterm(phases: Phases) -> None:
+    """SIGTERM only asks: the loop saves and ends at its next step."""
+
+    def ask(*_: object) -> None:
+        phases.stop_requested_at = phases.stop_requested_at or time.monotonic()
+
+    signal.signal(signal.SIGTERM, ask)
+
+
+def _join(place: Seat, phases: Phases) -> None:
+    """Form the process group, and exchange who is who."""
+    limit = timedelta(seconds=phases.limit + 30)  # the watchdog, which explains, comes first
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place.local_rank)
+    if not place.launched:
+        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1, timeout=limit)
+        return
+    distributed.init_process_group(backend, timeout=limit)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store: Any = distributed.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
+    phases.store = distributed.PrefixStore(f"dora/{place.restart}", store)
+    phases.store.set(f"who/{place.rank}", f"pid {os.getpid()} on {socket.gethostname()}")
+    phases.names = tuple(phases.store.get(f"who/{rank}").decode() for rank in range(place.world_size))
+
+
+@contextmanager
+def one_line(place: Seat) -> Iterator[None]:
+    """What the body refuses becomes one line, printed by the first rank that meets it, and exit status 1.
+
+    A failed collective is a consequence: whoever caused it has spoken, or is lost and named by its recorder.
+    """
+    try:
+        yield
+    except DoraError as error:
+        if _first_to_speak(place):
+            sys.stderr.write(f"error: {error}\n")
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error) and "peer" not in str(error):
+            raise
+        lost = PeerLostError(f"rank {place.rank} lost a peer: {str(error).splitlines()[0]}", hint="see the last line")
+        sys.stderr.write(f"{lost}\n")
+    else:
+        return
+    sys.stderr.flush()
+    _leave()
+
+
+def _first_to_speak(place: Seat) -> bool:
+    """Whether no other rank has printed its error yet."""
+    if not place.launched:
+        return True
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = distributed.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"dora/{place.restart}/spoken", 1) == 1
+    except RuntimeError:
+        return True
+
+
+def _leave() -> None:
+    """End at once: destructors of a process group whose peers are gone may wait for them."""
+    sys.stdout.flush()
+    os._exit(1)
