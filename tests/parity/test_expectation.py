@@ -82,10 +82,11 @@ def test_the_oracle_bounds_its_own_limit():
 
 
 @pytest.mark.parametrize(
-    ("proof", "mode"), [("lattice", "bitwise"), ("decode", "bits"), ("sensitivity", "norm"), ("start", "bound")]
+    ("proof", "mode"),
+    [("lattice", "bitwise"), ("decode", "bits"), ("sensitivity", "norm"), ("start", "bound"), ("root", "ulp")],
 )
 def test_each_proof_has_its_mode(proof, mode):
-    """Lattices are equal, bytes are bits, networks have a norm, starts a bound."""
+    """Lattices are equal, bytes are bits, networks have a norm, starts a bound, roots a unit."""
     expected = from_oracle(dataclasses.replace(FRAMEWORKS, proof=proof), predictions())
 
     assert expected[1, "gradient", "layers.0.lora_A"].mode == mode

@@ -269,4 +269,5 @@ def test_d6_magnitudes_leave_the_norm():
     got = starting_magnitude(np.full(6, 2.0))
 
     assert got.dtype == np.float32
+    assert set(got) > {np.float32(2)}
     assert got.tolist() == (2 * np.resize(MAGNITUDE_PATTERN, 6)).tolist()

@@ -33,6 +33,7 @@ CASE = Case(
         ("not fsdp2", False),
         ("not not fsdp2", True),
         ("not fsdp1 and nf4", True),
+        ("not nf4 and fsdp1", False),
         ("not (fsdp2 and nf4)", False),
         ("fsdp1 and nf4 or thin", True),
         ("fsdp1 and (nf4 or thin)", False),
