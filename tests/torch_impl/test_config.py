@@ -24,7 +24,7 @@ BAD = {
     "blocksize": (lambda: QuantConfig(blocksize=48), StorageError, "blocksize 48"),
     "code-unknown": (lambda: QuantConfig(quant_type="int4"), StorageError, "'int4'"),
     "storage-wide": (lambda: QuantConfig(quant_storage=torch.float64), StorageError, "torch.float64"),
-    "strategy-unknown": (lambda: ShardConfig(strategy="zero3"), ShardingError, "'ddp'"),
+    "strategy-unknown": (lambda: ShardConfig(strategy="zero3"), ShardingError, "'zero3'"),
     "wire-integer": (lambda: ShardConfig(param_dtype=torch.int8), DtypeError, "param_dtype torch.int8"),
     "reduce-integer": (lambda: ShardConfig(reduce_dtype=torch.int8), DtypeError, "reduce_dtype torch.int8"),
 }

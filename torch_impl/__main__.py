@@ -1,0 +1,79 @@
+"""The command line: `python -m torch_impl train|preflight|merge|export`, under torchrun for more than one process.
+
+Exit status: 0 done (SIGTERM included, once saved), 1 it fell short, 2 it can't run as asked, 3 a watchdog ended it.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+VERBS = ("train", "preflight", "merge", "export")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] not in VERBS:
+        asked = not words or words[0] in ("-h", "--help")
+        (sys.stdout if asked else sys.stderr).write(f"usage: python -m torch_impl {{{','.join(VERBS)}}} [--help]\n")
+        return 0 if words and asked else 2
+    return {"train": _train, "preflight": _preflight}[words[0]](words[1:])
+
+
+def _train(words: list[str]) -> int:
+    """Train, in this rank."""
+    import tyro  # noqa: PLC0415 - after the usage line
+
+    from torch_impl import job  # noqa: PLC0415
+    from torch_impl.errors import DoraError  # noqa: PLC0415
+    from torch_impl.options import TrainOptions, from_file  # noqa: PLC0415
+    from torch_impl.train import train  # noqa: PLC0415
+
+    place = job.seat()
+    try:
+        given, words = _config(words)
+        defaults = from_file(given) if given else {}
+        options = tyro.cli(TrainOptions, args=[*_as_flags(defaults), *words], prog="python -m torch_impl train")
+    except DoraError as error:
+        if place.rank == 0:
+            sys.stderr.write(f"error: {error}\n")
+        return 2
+    with job.one_line(place), job.joined(place, phase_timeout=options.phase_timeout) as phases:
+        train(options, phases, restarted=place.restart > 0)
+    return 0
+
+
+def _preflight(words: list[str]) -> int:
+    """Judge a run that hasn't begun."""
+    from torch_impl.errors import DoraError  # noqa: PLC0415 - after the usage line
+    from torch_impl.preflight_command import command  # noqa: PLC0415
+
+    try:
+        return command(words)
+    except DoraError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+def _config(words: list[str]) -> tuple[Path | None, list[str]]:
+    """Take `--config FILE` out of the words."""
+    if "--config" not in words:
+        return None, words
+    at = words.index("--config")
+    return Path(words[at + 1] if at + 1 < len(words) else ""), words[:at] + words[at + 2 :]
+
+
+def _as_flags(values: dict[str, object]) -> list[str]:
+    """Options of a file as words of the command line, where later words win."""
+    words: list[str] = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            words += [f"--{flag}", str(value)]
+    return words
+
+
+if __name__ == "__main__":
+    sys.exit(main())
