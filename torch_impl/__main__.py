@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asked = not words or words[0] in ("-h", "--help")
         (sys.stdout if asked else sys.stderr).write(f"usage: python -m torch_impl {{{','.join(VERBS)}}} [--help]\n")
         return 0 if words and asked else 2
-    return {"train": _train, "preflight": _preflight}[words[0]](words[1:])
+    return _train(words[1:]) if words[0] == "train" else _alone(words[0], words[1:])
 
 
 def _train(words: list[str]) -> int:
@@ -43,13 +43,14 @@ def _train(words: list[str]) -> int:
     return 0
 
 
-def _preflight(words: list[str]) -> int:
-    """Judge a run that hasn't begun."""
+def _alone(verb: str, words: list[str]) -> int:
+    """The verbs of one process: judge a run that hasn't begun, merge or export what one has left."""
     from torch_impl.errors import DoraError  # noqa: PLC0415 - after the usage line
+    from torch_impl.export import export_command, merge_command  # noqa: PLC0415
     from torch_impl.preflight_command import command  # noqa: PLC0415
 
     try:
-        return command(words)
+        return {"preflight": command, "merge": merge_command, "export": export_command}[verb](words)
     except DoraError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -10,7 +10,7 @@ Clauses: C1 (names and configuration), C3 (safetensors only), C4 (whole tensors 
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,14 +83,35 @@ def load_adapter(
         AdapterFileError: a file is missing or truncated, is no DoRA adapter, or disagrees with the model.
         NonFiniteError: a tensor of the adapter holds NaN or infinity.
     """
-    config = _read_config(Path(folder) / CONFIG, quant=quant, compute_dtype=compute_dtype)
-    shapes = _expected_shapes(model, config)
-    tensors = _read_tensors(Path(folder) / WEIGHTS, shapes)
+    config, tensors = read_adapter(model, folder, quant=quant, compute_dtype=compute_dtype)
     model = apply_dora(model, config)
     with torch.no_grad():
         for name, tensor in tensors.items():
             model.get_parameter(name).copy_(tensor)
     return model
+
+
+def read_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    quant: Literal["nf4"] | QuantConfig | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[DoraConfig, dict[str, Tensor]]:
+    """C1, C3: the configuration and every tensor by our names, checked against a base model that isn't changed.
+
+    Args:
+        model: the base model, or its skeleton on meta.
+        folder: with PEFT's two files.
+        quant: how to store the base weights.
+        compute_dtype: what the layers multiply in.
+
+    Raises:
+        AdapterFileError: a file is missing or truncated, is no LoRA or DoRA adapter, or disagrees with the model.
+        NonFiniteError: a tensor of the adapter holds NaN or infinity.
+    """
+    config = _read_config(Path(folder) / CONFIG, quant=quant, compute_dtype=compute_dtype)
+    return config, _read_tensors(Path(folder) / WEIGHTS, _expected_shapes(model, config))
 
 
 @torch.no_grad()
@@ -137,21 +158,41 @@ def _peft_config(model: nn.Module) -> dict[str, Any]:
         raise AdapterFileError(
             f"{len(configs)} adapter configurations in one model", hint="save a model that apply_dora made"
         )
-    rank, alpha, rank_stabilized, method = configs.pop()
+    config = next(iter(layers.values())).config
+    return _peft_json(config, layers, base=getattr(getattr(model, "config", None), "_name_or_path", None))
+
+
+def _peft_json(config: DoraConfig, layers: Iterable[str], *, base: str | None) -> dict[str, Any]:
+    """The adapter's configuration as PEFT writes it."""
     return {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "r": rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "use_rslora": rank_stabilized,
-        "use_dora": method == "dora",
+        "base_model_name_or_path": base or None,
+        "r": config.rank,
+        "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else config.alpha,
+        "use_rslora": config.rank_stabilized,
+        "use_dora": config.method == "dora",
         "target_modules": sorted(layers),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+
+
+def write_adapter(
+    folder: str | os.PathLike[str], tensors: dict[str, Tensor], config: DoraConfig, *, base: str | None = None
+) -> None:
+    """C1: write whole tensors by our names as PEFT's two files, aside and renamed; by one process.
+
+    Raises:
+        AdapterFileError: they can't be written.
+    """
+    layers = {name.rpartition(".")[0] for name in tensors}
+    stored = {PREFIX + _file_name(name): tensor.contiguous() for name, tensor in tensors.items()}
+    problem = _write(Path(folder), stored, _peft_json(config, layers, base=base))
+    if problem is not None:
+        raise AdapterFileError(f"{folder} can't be written: {problem}", hint="mend the folder and save again")
 
 
 def _file_name(name: str) -> str:

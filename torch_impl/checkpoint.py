@@ -21,7 +21,6 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -339,6 +338,13 @@ def _alone() -> bool:
     return _world_size() == 1
 
 
-def names_in(place: Path) -> Iterator[str]:
-    """The names of a checkpoint's tensors."""
-    yield from read_state(place)[0]["tensors"]
+def read_adapter(place: Path) -> dict[str, Tensor]:
+    """The whole trained tensors of a checkpoint by name, flattened, in float32; no optimizer state.
+
+    Raises:
+        CheckpointError: it isn't whole.
+    """
+    sizes = {name: size for name, size in read_state(place)[0]["tensors"].items() if "/" not in name}
+    whole = {name: FlatRange(torch.empty(size, dtype=torch.float32), 0, size) for name, size in sizes.items()}
+    _read_tensors(place, dict(whole))
+    return {name: held.part for name, held in whole.items()}

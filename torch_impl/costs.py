@@ -1,0 +1,132 @@
+"""Memory per rank and bytes on the wire, from a plan of units alone.
+
+Clauses: S1, S2, S3, S9 (who holds and sends what), D11 (adapters travel and train in float32).
+
+An all-gather or a reduce-scatter over n ranks sends and receives (n - 1) / n of the whole; an all-reduce twice that.
+A unit is gathered before its forward and again before its backward; the root stays whole in between, and a bias makes
+no output that needs a gradient. Rank 0 holds the largest shards, so it is the one that is counted.
+"""
+
+from dataclasses import asdict, dataclass
+
+from torch_impl.config import ShardConfig
+from torch_impl.units import Plan, Unit, shard_numel
+
+OPTIMIZER_COPIES = 2
+"""AdamW's two moments, each as large as what trains."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one rank holds, and what a training step sends; all in bytes."""
+
+    parameters: int
+    """Its shards of all parameters, as stored."""
+    buffers: int
+    """Quant states and other buffers, whole on every rank (S6)."""
+    gradients: int
+    """Its shards of the gradients."""
+    optimizer: int
+    """Its shards of AdamW's two moments."""
+    at_rest: int
+    """The four above: between steps, with gradients kept."""
+    gathered: int
+    """The most that is gathered at one time: the root, a block's own parameters, two layers (one is prefetched)."""
+    decoded: int
+    """The largest dequantised weight, where bases are packed."""
+    activations: int
+    """What DoRA layers keep for the backward pass at the given tokens a rank; nothing else's is counted."""
+    at_peak: int
+    """All of the above but for what is counted twice: an estimate."""
+    wire: int
+    """Bytes that a rank sends in one step without accumulation; it receives as many."""
+
+    def to_json(self) -> dict[str, int]:
+        """As a mapping."""
+        return asdict(self)
+
+
+def costs(plan: Plan, shard: ShardConfig, *, world_size: int, size: int, tokens: int = 0) -> Costs:
+    """Count one strategy.
+
+    Args:
+        plan: the units.
+        shard: the strategy.
+        world_size: ranks.
+        size: ranks that share one copy of the parameters (`torch_impl.sharding.shard_size`).
+        tokens: tokens that a rank takes at one time; 0 leaves activations out.
+
+    Returns:
+        Rank 0's bytes.
+    """
+    held = [_shard_bytes(unit, shard, size=size) for unit in plan.units]
+    trained = [_shard_bytes(unit, shard, size=size, trainable=True) for unit in plan.units]
+    parameters, gradients = sum(held), sum(trained)
+    at_rest = parameters + plan.buffer_bytes + gradients * (1 + OPTIMIZER_COPIES)
+    gathered = _gathered(plan) if size > 1 else 0
+    decoded = max((_decoded(unit) for unit in plan.units), default=0)
+    activations = tokens * sum(_kept_per_token(unit) for unit in plan.units)
+    return Costs(
+        parameters=parameters,
+        buffers=plan.buffer_bytes,
+        gradients=gradients,
+        optimizer=gradients * OPTIMIZER_COPIES,
+        at_rest=at_rest,
+        gathered=gathered,
+        decoded=decoded,
+        activations=activations,
+        at_peak=at_rest + gathered + decoded + activations,
+        wire=sum(_wire(unit, shard, world_size=world_size, size=size) for unit in plan.units),
+    )
+
+
+def _shard_bytes(unit: Unit, shard: ShardConfig, *, size: int, trainable: bool = False) -> int:
+    """Bytes that rank 0 holds of a unit; of its trainable members alone, where asked."""
+    members = tuple(m for m in unit.members if m.trainable or not trainable)
+    if not members:
+        return 0
+    part = Unit(unit.name, unit.rule, members, unit.wire)
+    widest = max(m.dtype.itemsize for m in members)
+    if len({m.dtype for m in members}) == 1:
+        return shard_numel(part, shard.strategy, size=size, rank=0) * widest
+    alone = [Unit(unit.name, unit.rule, (m,), unit.wire) for m in members]
+    return sum(shard_numel(u, shard.strategy, size=size, rank=0) * u.members[0].dtype.itemsize for u in alone)
+
+
+def _gathered(plan: Plan) -> int:
+    """Root, largest block, and the two largest layers (base and adapter of one are gathered together)."""
+    by_rule: dict[str, list[int]] = {"root": [0], "block": [0]}
+    layers: dict[str, int] = {}
+    for unit in plan.units:
+        if unit.rule in by_rule:
+            by_rule[unit.rule].append(unit.wire_bytes())
+        else:
+            name = unit.name if unit.rule == "adapter" else unit.name.rpartition(".")[0]
+            layers[name] = layers.get(name, 0) + unit.wire_bytes()
+    return max(by_rule["root"]) + max(by_rule["block"]) + sum(sorted(layers.values())[-2:])
+
+
+def _decoded(unit: Unit) -> int:
+    """A dequantised weight in a two-byte dtype; nothing for a dense base."""
+    if unit.weight_shape is None or unit.members[0].kind != "packed":
+        return 0
+    return unit.weight_shape[0] * unit.weight_shape[1] * 2
+
+
+def _kept_per_token(unit: Unit) -> int:
+    """Bytes of x and y0 for one token, in the base's dtype (two bytes where it is packed)."""
+    if unit.weight_shape is None:
+        return 0
+    itemsize = 2 if unit.members[0].kind == "packed" else unit.members[0].dtype.itemsize
+    return sum(unit.weight_shape) * itemsize
+
+
+def _wire(unit: Unit, shard: ShardConfig, *, world_size: int, size: int) -> int:
+    """Bytes a rank sends for one unit in one step."""
+    gradients = sum(m.nbytes for m in unit.members if m.trainable)
+    replicas = world_size // size
+    across = 2 * gradients // size * (replicas - 1) // replicas if shard.strategy in ("ddp", "hsdp") else 0
+    if size == 1:
+        return across
+    gathers = 1 if unit.rule in ("root", "bias") else 2
+    return (gathers * unit.wire_bytes() + gradients) * (size - 1) // size + across

@@ -1,0 +1,128 @@
+"""`python -m torch_impl preflight`: the findings, units, memory and wire of a run that hasn't begun.
+
+Clauses: those of `torch_impl.preflight`. No weight is read: a configuration is enough.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+import tyro
+
+from torch_impl.config import ALL_LINEAR, DoraConfig, Method, QuantConfig, ShardConfig, Strategy
+from torch_impl.materialize import skeleton
+from torch_impl.options import Dtype, torch_dtype
+from torch_impl.preflight import Report, preflight
+
+SCHEMA = 1
+_GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class PreflightOptions:
+    """Say what will fail or be silently wrong before a weight is read. Exit status 1 where something would."""
+
+    model: Path
+    """Hugging Face checkpoint, or its config.json alone."""
+    world_size: int = 1
+    """Ranks of the run."""
+    json: Path | None = None
+    """Write the report here as well."""
+    strategy: Literal["all", "fsdp2", "fsdp1", "fsdp1-orig", "hsdp", "ddp", "none"] = "all"
+    """One strategy, or each that fits the world size."""
+    shard_size: int | None = None
+    """hsdp: ranks that share one copy."""
+    method: Method = "dora"
+    """dora or lora."""
+    quant: Literal["none", "nf4"] = "none"
+    """How the base weights are stored."""
+    quant_storage: Literal["bfloat16", "float16", "float32", "uint8"] = "bfloat16"
+    """What packed bytes are viewed as."""
+    rank: int = 8
+    """r, the inner size of B A."""
+    alpha: float = 16.0
+    """Numerator of the scaling."""
+    target_modules: str = ALL_LINEAR
+    """all-linear, or endings of module names separated by commas."""
+    dtype: Dtype = "auto"
+    """The base model's dtype; auto is the configuration's."""
+    compute_dtype: Dtype = "auto"
+    """What adapted layers multiply in; auto is the base weight's."""
+    param_dtype: Dtype = "auto"
+    """What dense weights are gathered as; auto leaves them as they are."""
+    batch_size: int = 1
+    """Sequences of one rank in one forward, for the estimate of memory."""
+    seq_len: int = 0
+    """Tokens of one sequence; 0 leaves activations out."""
+
+    @property
+    def dora(self) -> DoraConfig:
+        """The adapter."""
+        return DoraConfig(
+            rank=self.rank,
+            alpha=self.alpha,
+            target_modules=ALL_LINEAR if self.target_modules == ALL_LINEAR else self.target_modules.split(","),
+            quant=QuantConfig(quant_storage=getattr(torch, self.quant_storage)) if self.quant == "nf4" else None,
+            compute_dtype=torch_dtype(self.compute_dtype),
+            method=self.method,
+        )
+
+    def shards(self) -> list[ShardConfig]:
+        """What is to be judged."""
+        fitting = [s for s in get_args(Strategy) if s != "none" or self.world_size == 1]
+        names = fitting if self.strategy == "all" else [self.strategy]
+        return [ShardConfig(s, torch_dtype(self.param_dtype), shard_size=self.shard_size) for s in names]
+
+
+def command(words: Sequence[str]) -> int:
+    """Run the verb; 1 where a strategy that was asked for would fail or be silently wrong.
+
+    Raises:
+        DoraError: the configuration can't be read, or the adapter can't be put on it.
+    """
+    options = tyro.cli(PreflightOptions, args=list(words), prog="python -m torch_impl preflight")
+    before, start = _peak(), time.perf_counter()
+    with torch.device("meta"):
+        model = skeleton(options.model, dtype=torch_dtype(options.dtype))
+    tokens = options.batch_size * options.seq_len
+    reports = [
+        preflight(model, shard, world_size=options.world_size, dora=options.dora, tokens=tokens)
+        for shard in options.shards()
+    ]
+    seconds, memory = time.perf_counter() - start, _peak() - before
+    sys.stdout.write("\n".join([*_lines(options, reports), f"judged in {seconds:.1f} s"]) + "\n")
+    if options.json is not None:
+        found = {"schema": SCHEMA, "model": str(options.model), "seconds": seconds, "memory_over_imports": memory}
+        options.json.write_text(json.dumps(found | {"strategies": [r.to_json() for r in reports]}, indent=2) + "\n")
+    return 0 if all(report.ok for report in reports) else 1
+
+
+def _peak() -> int:
+    """The most bytes this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _lines(options: PreflightOptions, reports: list[Report]) -> list[str]:
+    """The report in words: what trains, then each strategy's verdict, costs and findings."""
+    plan, quant = reports[0].plan, options.quant
+    share = f"{plan.trainable:,} of {plan.total:,} parameters train ({100 * plan.trainable / plan.total:.2f} %)"
+    lines = [f"{options.model}: {options.method}, rank {options.rank}, quant {quant}: {share}"]
+    for report in reports:
+        verdict = "can train" if report.ok else "would fail or be silently wrong"
+        rest, peak, wire = (
+            f"{n / _GIB:.3f} GiB" for n in (report.costs.at_rest, report.costs.at_peak, report.costs.wire)
+        )
+        without = "" if options.seq_len else " without activations"
+        lines += [
+            f"{report.strategy} on {report.world_size} ranks: {verdict}",
+            f"  units: {', '.join(f'{count} {rule}' for rule, count in report.units.items())}",
+            f"  a rank: {rest} at rest, about {peak} at peak{without}, {wire} sent a step",
+            *(f"  {finding}" for finding in report.findings),
+        ]
+    return lines
