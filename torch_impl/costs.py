@@ -2,7 +2,8 @@
 
 Clauses: S1, S2, S3, S9 (who holds and sends what), D11 (adapters travel and train in float32).
 
-An all-gather or a reduce-scatter over n ranks sends and receives (n - 1) / n of the whole; an all-reduce twice that.
+An all-gather or a reduce-scatter over n ranks sends and receives (n - 1) / n of the whole, padding included; an
+all-reduce twice that.
 A unit is gathered before its forward and again before its backward; the root stays whole in between, and a bias makes
 no output that needs a gradient. Rank 0 holds the largest shards, so it is the one that is counted.
 """
@@ -121,12 +122,29 @@ def _kept_per_token(unit: Unit) -> int:
     return sum(unit.weight_shape) * itemsize
 
 
+def _whole_bytes(unit: Unit, shard: ShardConfig, *, size: int, gradients: bool = False) -> int:
+    """Bytes of a gathered unit, or of the gradients that are reduced, padding included."""
+    flat = shard.strategy.startswith("fsdp1")
+    trained = tuple(m for m in unit.members if m.trainable)
+    if gradients and not trained:
+        return 0
+    members = trained if gradients and not flat else unit.members
+    if flat and len({m.dtype for m in members}) == 1:
+        itemsize = (unit.wire or members[0].dtype).itemsize
+        return size * shard_numel(unit, shard.strategy, size=size, rank=0) * itemsize
+    alone = [Unit(unit.name, unit.rule, (m,), unit.wire) for m in members]
+    return sum(
+        size * shard_numel(u, shard.strategy, size=size, rank=0) * (u.wire or u.members[0].dtype).itemsize
+        for u in alone
+    )
+
+
 def _wire(unit: Unit, shard: ShardConfig, *, world_size: int, size: int) -> int:
     """Bytes a rank sends for one unit in one step."""
-    gradients = sum(m.nbytes for m in unit.members if m.trainable)
     replicas = world_size // size
-    across = 2 * gradients // size * (replicas - 1) // replicas if shard.strategy in ("ddp", "hsdp") else 0
+    reduced = _whole_bytes(unit, shard, size=size, gradients=True)
+    across = 2 * reduced // size * (replicas - 1) // replicas if shard.strategy in ("ddp", "hsdp") else 0
     if size == 1:
         return across
     gathers = 1 if unit.rule in ("root", "bias") else 2
-    return (gathers * unit.wire_bytes() + gradients) * (size - 1) // size + across
+    return (gathers * _whole_bytes(unit, shard, size=size) + reduced) * (size - 1) // size + across

@@ -280,9 +280,9 @@ def _peft_outside(scene: _Scene) -> Iterator[Finding]:
                     "error",
                     f"{name}.lora_magnitude_vector.{adapter}.weight",
                     "S8",
-                    "peft reads lora_A.weight and lora_B.weight outside their units: under use_orig_params they are "
-                    "flat shards there (IndexError)",
-                    "use apply_dora, or fsdp1 or fsdp2",
+                    "peft reads lora_A.weight and lora_B.weight from outside; where they are units, as under its own "
+                    "wrap policy, they are flat shards there (IndexError)",
+                    "use apply_dora, make whole blocks units, or leave use_orig_params",
                 )
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import llama
-import peft
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from ranks import Pools
+from shapes import peft_dora
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -26,13 +26,6 @@ def on_meta(**config: object) -> nn.Module:
     """A Llama of shapes alone."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(LlamaConfig(**(HEADS | config)))
-
-
-def peft_dora(base: torch.dtype) -> nn.Module:
-    """PEFT's DoRA, its adapters in float32, on a Llama."""
-    with torch.device("cpu"):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**(SMALL | HEADS))).to(base)
-    return peft.get_peft_model(model, peft.LoraConfig(r=4, use_dora=True, target_modules="all-linear"))
 
 
 def bnb_storage() -> nn.Module:
@@ -57,9 +50,6 @@ def unmaterialised() -> nn.Module:
     layer.magnitude = nn.Parameter(layer.magnitude.to("meta"))
     return model
 
-
-# peft asks a model for a property that transformers has deprecated
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 PLANTED: dict[str, tuple[Callable[[], nn.Module], ShardConfig, str, str, str]] = {
     "peft-mixed-dtypes": (lambda: peft_dora(torch.bfloat16), ShardConfig("fsdp1"), "S7", "dtype", "lora_"),
@@ -181,6 +171,41 @@ def test_s1_s2_counted_shards_are_the_real_ones(pools: Pools, strategy: str, kin
     assert [held for held, _ in answers] == [counted for _, counted in answers]
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["f32", "nf4"])
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp1-orig", "fsdp2"])
+def test_s3_counted_bytes_are_those_sent(pools: Pools, strategy: str, kind: str) -> None:
+    """What a step's gathers and reductions send is what was counted, byte for byte."""
+    answers = pools.run(2, "shapes:sent", strategy=strategy, kind=kind)
+
+    assert [real for real, _ in answers] == [counted for _, counted in answers]
+
+
+PEFT_FAILS = {
+    "blocks": ("bfloat16", False, False, "uniform dtype"),
+    "blocks-orig": ("bfloat16", False, True, "uniform dtype"),
+    "frozen-beside-trainable": ("float32", False, False, "uniform `requires_grad`"),
+    "own-policy-orig": ("float32", True, True, "tuple index out of range"),
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", PEFT_FAILS)
+def test_what_is_found_of_peft_is_what_happens(pools: Pools, name: str) -> None:
+    """FSDP1 fails on PEFT's DoRA as the findings say."""
+    base, leaves, original, message = PEFT_FAILS[name]
+    strategy = "fsdp1-orig" if original else "fsdp1"
+
+    said = pools.run(2, "shapes:peft_fails", base=base, leaves=leaves, original=original)
+    found = [
+        finding.consequence for finding in preflight(peft_dora(getattr(torch, base)), ShardConfig(strategy)).findings
+    ]
+
+    assert all(message in text for text in said)
+    assert any(message in text or (leaves and "IndexError" in text) for text in found)
+
+
+@pytest.mark.slow
 def test_405b_on_16384_ranks_in_ten_seconds_and_a_gigabyte(tmp_path: Path) -> None:
     """The command answers from a config.json alone, under every strategy, in bounded time and memory."""
     config = LlamaConfig(
