@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from parity.check import Check
-from parity.expectation import Expectations, required
+from parity.expectation import Expectations, is_frozen, required
 from parity.layout import LayoutQuestion, Layouts
 from parity.oracle.prediction import Key
 from parity.shard import Shard, describe_index
@@ -24,6 +24,14 @@ def missing_elements(shards: Iterable[Shard], expectations: Expectations) -> lis
     return [_missing(key, marks) for key, marks in sorted(held.items()) if not marks.all()]
 
 
+def frozen_gradients(shards: Iterable[Shard]) -> list[Check]:
+    """A failed check for each frozen tensor that has a gradient: an optimizer would train it."""
+    trained = {(shard.rank, shard.step, shard.name) for shard in shards if shard.kind == "gradient"}
+    return [
+        _failure((step, "gradient", name), rank, "frozen") for rank, step, name in sorted(trained) if is_frozen(name)
+    ]
+
+
 def _mark(marks: np.ndarray, shard: Shard) -> None:
     try:
         shard.part_of(marks)[...] = True  # a view: the index is one of slices
@@ -32,16 +40,20 @@ def _mark(marks: np.ndarray, shard: Shard) -> None:
 
 
 def _missing(key: Key, marks: np.ndarray) -> Check:
-    step, kind, name = key
     lost = int((~marks).sum())
+    return _failure(key, -1, f"coverage: {lost} of {marks.size} elements on no rank", worst=float(lost))
+
+
+def _failure(key: Key, rank: int, mode: str, *, worst: float = float("inf")) -> Check:
+    step, kind, name = key
     return Check(
         tensor=name,
         kind=kind,
         step=step,
-        rank=-1,
+        rank=rank,
         index=(),
-        mode=f"coverage: {lost} of {marks.size} elements on no rank",
-        worst=float(lost),
+        mode=mode,
+        worst=worst,
         limit=0.0,
         ratio=None,
         passed=False,

@@ -17,7 +17,7 @@ from typing import Self
 from parity.ahead import Ahead
 from parity.case import UNSHARDED, Case
 from parity.check import Check, check_shard
-from parity.coverage import check_layout, layout_question, missing_elements
+from parity.coverage import check_layout, frozen_gradients, layout_question, missing_elements
 from parity.errors import CaseFailed
 from parity.expectation import Expectations, from_oracle, from_twin
 from parity.implementations.registry import JAX_IMPLEMENTATIONS
@@ -152,7 +152,7 @@ class Pipeline:
 def compare(shards: list[Shard], expectations: Expectations) -> list[Check]:
     """Each shard against its slice of the expectation; then that nothing is missing."""
     checks = [check_shard(shard, expectations[shard.key]) for shard in shards if shard.key in expectations]
-    return [*checks, *missing_elements(shards, expectations)]
+    return [*checks, *missing_elements(shards, expectations), *frozen_gradients(shards)]
 
 
 def limit_seconds(case: Case) -> float:

@@ -73,7 +73,7 @@ class Pools:
     """One pool a world size. Use as a context manager: leaving it leaves no process behind."""
 
     def __init__(self, *, device: str = "cpu", model: Path | None = None) -> None:
-        os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
+        os.environ.update(ENVIRONMENT)
         self._context = multiprocessing.get_context("forkserver")
         network = ("transformers.models.llama.modeling_llama",) if model else ()
         self._context.set_forkserver_preload([*_PRELOADED, *network])

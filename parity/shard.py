@@ -63,7 +63,7 @@ class Shard:
         for part, size in zip(self.index, target.shape, strict=True):
             if not 0 <= part.start <= part.stop <= size:
                 raise IndexError(f"{part.start}:{part.stop} is outside 0:{size}")
-        return target[self.index]
+        return target[(*self.index, ...)]  # a view, also of a tensor without axes
 
 
 def _is_plain(part: object) -> bool:

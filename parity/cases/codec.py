@@ -28,7 +28,7 @@ def _case(shape: Shape, **fields: Any) -> Case:
         layers=shape.layers,
         shape_name=shape.name,
         rank=shape.rank,
-        alpha=2.0 * shape.rank,
+        alpha=shape.scaling * shape.rank,
         base="nf4",
         clauses=_CLAUSES,
         **fields,

@@ -24,7 +24,7 @@ def pretrained_cases(tier: str) -> list[Case]:
 def _case(**fields: Any) -> Case:
     clauses = (*LAYER, *(("Q4", "Q6", "D6", "S6") if fields["base"] == "nf4" else ()))
     clauses += SHARDED if fields.get("strategy", UNSHARDED) != UNSHARDED else ()
-    return Case(model="pretrained", rank=8, alpha=16.0, tokens=128, clauses=clauses, **fields)
+    return Case(model="pretrained", rank=8, alpha=12.0, tokens=128, clauses=clauses, **fields)
 
 
 def _declare(blocks: int) -> Iterator[Case]:

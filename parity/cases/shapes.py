@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+DENSE_LATTICE_SCALING = 3.0
+"""A small integer, so that lattices stay exact."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -15,12 +18,20 @@ class Shape:
     name: str
     layers: tuple[tuple[int, int], ...]
     rank: int
+    scaling: float
+    """s on Gaussian numbers. Nowhere 2: there 2 s = s^2, and a cross term taken for another would not show (D13)."""
+    packed_lattice_scaling: float
+    """s on NF4 lattices, whose codes leave little room; dense ones have `DENSE_LATTICE_SCALING`."""
     why: str
 
 
-UNEVEN = Shape("uneven", ((96, 50), (50, 33)), 4, "NF4 blocks cut in the middle at world 2; out divides by no world")
-PADDED = Shape("padded", ((66, 65), (65, 66)), 8, "2,145 packed bytes, no multiple of any storage's item size")
-THIN = Shape("thin", ((40, 27), (27, 30)), 2, "r below the world size: ranks with an empty shard of A")
-SINGLE_ROW = Shape("single-row", ((64, 1),), 2, "out = 1: ranks with empty shards of B and the magnitude")
+UNEVEN = Shape(
+    "uneven", ((96, 50), (50, 33)), 4, 1.25, 1.0, "NF4 blocks cut in the middle at world 2; out divides by no world"
+)
+PADDED = Shape(
+    "padded", ((66, 65), (65, 66)), 8, 0.7, 1.0, "2,145 packed bytes, no multiple of any storage's item size"
+)
+THIN = Shape("thin", ((40, 27), (27, 30)), 2, 2.5, 4.0, "r below the world size: ranks with an empty shard of A")
+SINGLE_ROW = Shape("single-row", ((64, 1),), 2, 1.5, 3.0, "out = 1: ranks with empty shards of B and the magnitude")
 
 SHAPES = (UNEVEN, PADDED, THIN, SINGLE_ROW)

@@ -8,10 +8,10 @@ from itertools import product
 from typing import Any
 
 from parity.case import UNSHARDED, Case
-from parity.cases.shapes import PADDED, SHAPES, SINGLE_ROW, THIN, UNEVEN, Shape
+from parity.cases.shapes import DENSE_LATTICE_SCALING, PADDED, SHAPES, SINGLE_ROW, THIN, UNEVEN, Shape
 
 LAYER = ("D1", "D2", "D3", "D5", "D11", "G1")
-SHARDED = ("S1", "S3", "S4", "S7", "S8", "S11")
+SHARDED = ("S1", "S3", "S7", "S11")
 _STRATEGIES = ("fsdp1", "fsdp1-orig", "fsdp2")
 _PRECISIONS = (
     ("float32", "float32"),
@@ -31,7 +31,7 @@ def stack_cases(tier: str) -> list[Case]:
 
 
 def _case(shape: Shape, **fields: Any) -> Case:
-    """A stack with alpha = 2 r (so that ignoring it shows), and the clauses that its features add."""
+    """A stack, and the clauses that its features add."""
     clauses = list(LAYER)
     clauses += ["D7"] if fields.get("zero_rows") else []
     clauses += ["D8"] if fields.get("bias") else []
@@ -41,8 +41,13 @@ def _case(shape: Shape, **fields: Any) -> Case:
     if fields.get("strategy", UNSHARDED) != UNSHARDED:
         clauses += SHARDED
         clauses += ["S2"] if fields["strategy"].startswith("fsdp1") else []
+        clauses += ["S4"] if fields["strategy"] == "shard-map" else []  # the one form that takes norms locally
+        clauses += ["S8"] if fields["strategy"] == "fsdp1-orig" else []  # where reading from outside raises
         clauses += ["S6"] if fields.get("base") == "nf4" else []
-    fields = {"rank": shape.rank, "alpha": 2.0 * shape.rank, **fields}
+    scaling = shape.scaling
+    if fields["proof"] in {"lattice", "root"}:
+        scaling = shape.packed_lattice_scaling if fields.get("base") == "nf4" else DENSE_LATTICE_SCALING
+    fields = {"rank": shape.rank, "alpha": scaling * shape.rank, **fields}
     return Case(model="stack", layers=shape.layers, shape_name=shape.name, clauses=tuple(clauses), **fields)
 
 
@@ -112,7 +117,7 @@ def _start() -> Iterator[Case]:
 
 def _start_case(shape: Shape, **fields: Any) -> Case:
     case = _case(shape, steps=0, **{"proof": "start", **fields})
-    only = ["D1", "D2", "D3", "D4", "D6", "D11", "D13"]
+    only = ["D1", "D2", "D3", "D6", "D11", *(["D4", "D13"] if case.proof == "root" else [])]
     return dataclasses.replace(case, clauses=(*only, *(c for c in case.clauses if c not in {*LAYER, *only})))
 
 

@@ -62,7 +62,7 @@ class TorchDora(TorchStack):
         for layer in model.modules():
             if isinstance(layer, DoraLinear):
                 layer.reset_magnitude()
-        yield from shards_now(self.shard(model, case), 0, ("parameter",))
+        yield from shards_now(self.shard(model, case), 0, ("parameter",), frozen=True)
 
     def _run_network(self, case: Case, place: Place) -> Iterator[Shard]:
         model = build_network(case, place, dora_config(case))

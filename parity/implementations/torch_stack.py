@@ -88,26 +88,32 @@ class TorchStack:
 
 
 def train(model: nn.Module, case: Case, loss_of_step) -> Iterator[Shard]:  # noqa: ANN001 - a callable from step to scalar
-    """SGD with momentum, giving shards: frozen weights once, then gradients, parameters and momenta by step."""
+    """SGD with momentum, giving shards: gradients, parameters and momenta by step; frozen weights before and after."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=case.learning_rate, momentum=case.momentum)
-    yield from shards_now(model, 0, ("parameter",))
+    yield from shards_now(model, 0, ("parameter",), frozen=True)
     for step in range(1, case.steps + 1):
         optimizer.zero_grad(set_to_none=True)
         loss_of_step(step - 1).backward()
         settle_gradients(model, case)
-        yield from shards_now(model, step, ("gradient",))
+        yield from shards_now(model, step, ("gradient",), frozen=True)  # a frozen tensor must have none
         optimizer.step()
-        yield from shards_now(model, step, ("parameter", "optimizer:momentum_buffer"), optimizer)
+        last = step == case.steps and case.model == "stack"  # a network's are large, and are shown to have no gradient
+        yield from shards_now(model, step, ("parameter", "optimizer:momentum_buffer"), optimizer, frozen=last)
 
 
 def shards_now(
-    model: nn.Module, step: int, kinds: tuple[str, ...], optimizer: torch.optim.Optimizer | None = None
+    model: nn.Module,
+    step: int,
+    kinds: tuple[str, ...],
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    frozen: bool = False,
 ) -> Iterator[Shard]:
-    """What this rank holds now; frozen weights only at step 0, since nothing changes them."""
+    """What this rank holds now, of the adapters or of everything."""
     for local in local_shards(model, optimizer):
-        frozen = not local.name.endswith(("lora_A", "lora_B", "magnitude"))
-        if local.kind not in kinds or (frozen and step > 0):
+        of_adapter = local.name.endswith(("lora_A", "lora_B", "magnitude"))
+        if local.kind not in kinds or not (of_adapter or frozen):
             continue
         yield Shard(
             name=local.name,

@@ -29,7 +29,7 @@ class Density:
     A: float
 
 
-_DENSE = Density(x=0.5, G=0.2, A=0.4)
+_DENSE = Density(x=0.35, G=0.15, A=0.35)
 _SPARSE = Density(x=0.15, G=0.08, A=0.1)
 
 
@@ -66,8 +66,22 @@ def integer_stack(case: Case, generator: np.random.Generator) -> dict[str, np.nd
         lora_B = generator.integers(-1, 2, size=(fan_out, case.rank)) * (not case.zero_b)
         layer = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B, "magnitude": np.ones(fan_out)}
         require_exact_squares(case, layer, position)
+        if case.base != "nf4":
+            _make_rows_hard(case, layer)
         arrays |= {f"layers.{position}.{name}": value.astype(np.float32) for name, value in layer.items()}
     return arrays
+
+
+def _make_rows_hard(case: Case, layer: dict[str, np.ndarray]) -> None:
+    """D4, D13: of every four rows one is tiny, one huge (both by a power of two), one nearly cancels s B A."""
+    weight, lora_B = (layer[name].astype(np.float64) for name in ("weight", "lora_B"))
+    for row, power in ((1, -84), (2, 60)):
+        weight[row::4] *= 2.0**power
+        lora_B[row::4] *= 2.0**power
+    cancelling = case.alpha / case.rank * (lora_B @ layer["lora_A"])[3::4]
+    weight[3::4] = np.sign(weight[3::4]) * (np.arange(weight.shape[1]) % 7 == 0) - cancelling
+    weight[3::4, 0] = 1.0 - cancelling[:, 0]
+    layer["weight"], layer["lora_B"] = weight, lora_B
 
 
 def _draw(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray]:
@@ -98,7 +112,8 @@ def _dense_layer(case: Case, generator: np.random.Generator, *, fan_in: int, fan
 def _quantised_layer(case: Case, generator: np.random.Generator, *, fan_in: int, fan_out: int) -> dict[str, np.ndarray]:
     """W itself must be -1, 0 or 1 with every block's absmax 1, so V is steered through the overlap with A."""
     count = _square_count(fan_in)
-    lora_A = np.stack([_row(generator, fan_in, max(1, min(2, count // 4))) for _ in range(case.rank)])
+    taps = 1 if case.alpha > 2 * case.rank else max(1, min(2, count // 4))  # s^2 a tap must leave room in the square
+    lora_A = np.stack([_row(generator, fan_in, taps) for _ in range(case.rank)])
     lora_B = np.zeros((fan_out, case.rank))
     weight = np.stack([_row(generator, fan_in, count) for _ in range(fan_out)])
     for row in range(fan_out):
