@@ -3,7 +3,7 @@
 Clauses: D6, D11, S1, S2, S6, S7, S8, T1, each named in the finding that it makes.
 
 A *finding* names parameter, clause, consequence and mend. An `error` is a training that fails or is silently wrong; a
-`warning` costs precision; a `note` is worth knowing.
+`warning` costs precision or much traffic; a `note` is worth knowing.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,6 +21,8 @@ from torch_impl.units import Member, Plan, Unit, plan_units, shard_numel
 
 Level = Literal["error", "warning", "note"]
 LEVELS = ("error", "warning", "note")
+MUCH_PADDING = 2.0
+"""Elements gathered over elements there are, above which it is worth another strategy."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Finding:
     """One thing to know, and how to mend it."""
 
     level: Level
-    """Whether training fails or is wrong, loses precision, or neither."""
+    """Whether training fails or is wrong, loses precision or time, or neither."""
     parameter: str
     """The first parameter concerned."""
     clause: str
@@ -359,6 +361,27 @@ def _uneven(scene: _Scene) -> Iterator[Finding]:
                 yield _uneven_finding(member.name, "S1", text)
 
 
+def _padding(scene: _Scene) -> Iterator[Finding]:
+    """S1: FSDP2 gathers whole chunks, so that empty shards travel as padding."""
+    if scene.flat or scene.size == 1:
+        return
+    real, sent = 0, 0
+    worst: tuple[int, str] = (0, "")
+    for member in (m for unit in scene.plan.units for m in unit.members if m.shape):
+        padded = -(-member.shape[0] // scene.size) * scene.size * (member.numel // max(1, member.shape[0]))
+        real, sent = real + member.numel, sent + padded
+        worst = max(worst, (padded - member.numel, member.name))
+    if sent > MUCH_PADDING * real:
+        yield Finding(
+            "warning",
+            worst[1],
+            "S1",
+            f"{scene.shard.strategy} on {scene.size} ranks gathers {sent / real:.1f} times what there is: short "
+            "parameters are padded to a row a rank",
+            "use hsdp with a shard_size of at most the adapter's rank or so, or fsdp1",
+        )
+
+
 def _uneven_finding(name: str, clause: str, consequence: str) -> Finding:
     """Empty shards are right, and worth knowing."""
     return Finding("note", name, clause, consequence, "nothing to do; hsdp with a smaller shard_size evens it out")
@@ -391,5 +414,6 @@ _CHECKS: tuple[Callable[[_Scene], Iterator[Finding]], ...] = (
     _adapter_precision,
     _replicas,
     _uneven,
+    _padding,
     _refused,
 )

@@ -131,6 +131,15 @@ def test_s1_empty_shards_are_noted() -> None:
     assert report.ok
 
 
+def test_s1_traffic_that_is_mostly_padding_is_warned_of() -> None:
+    """A and the norms of a small model are padded to a row a rank at a world of 4096; a flat parameter is not."""
+    model, dora = on_meta(**SMALL), DoraConfig(4, 8)
+
+    reports = [preflight(model, ShardConfig(s), world_size=4096, dora=dora) for s in ("fsdp2", "fsdp1")]
+
+    assert [[f.clause for f in r.findings if f.level == "warning"] for r in reports] == [["S1"], []]
+
+
 Q_K_V_UP_DOWN = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 PAPER = {  # (hidden, intermediate, blocks, vocabulary, key heads), and DoRA's table 1: LoRA, DoRA at 32, DoRA at 16
     "llama-7b": ((4096, 11008, 32, 32000, 32), (0.83, 0.84, 0.43)),
