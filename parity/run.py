@@ -95,8 +95,8 @@ def _check_options(options: RunOptions) -> None:
         raise DeviceUnavailable(f"--device {options.device!r} is unknown", hint="cpu or cuda")
     if options.device == "cuda" and not _cuda_is_there():
         raise DeviceUnavailable("--device cuda: torch finds no CUDA device here", hint="use --device cpu")
-    if options.json and options.json.is_dir():
-        raise CannotRun(f"--json {options.json} is a directory", hint="name a file")
+    if options.json and options.json.exists() and not options.json.is_file():
+        raise CannotRun(f"--json {options.json} is no file (a directory or a device)", hint="name a file")
 
 
 def _cuda_is_there() -> bool:

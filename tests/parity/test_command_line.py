@@ -47,7 +47,7 @@ BAD_RUNS = {
     "--device tpu": ["'tpu'", "cpu or cuda"],
     "--device cuda": ["cuda", "no CUDA device"],
     "--model nowhere": ["nowhere/config.json", "is missing"],
-    "--json .": ["is a directory"],
+    "--json .": ["is no file"],
     "--json blocked/results.json": ["blocked/results.json", "cannot be written"],
 }
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from parity.check import Expected
-from parity.coverage import check_layout, layout_question, missing_elements
-from parity.shard import Shard
+from parity.coverage import check_layout, frozen_gradients, layout_question, missing_elements
+from parity.shard import Shard, whole_index
 
 NAME = "layers.0.lora_B"
 WHOLE = np.arange(12.0).reshape(4, 3)
@@ -51,18 +51,27 @@ def test_an_index_outside_covers_nothing():
     assert missing(misplaced) == ["coverage: 12 of 12 elements on no rank"]
 
 
-@pytest.mark.parametrize("kind", ["gradient", "parameter", "packed", "absmax", "decoded"])
-def test_what_must_be_given(kind):
-    """Gradients, parameters and the codec's three are missed."""
-    assert missing(key=(1, kind, NAME)) != []
-
-
 @pytest.mark.parametrize(
-    "key", [(1, "optimizer:momentum_buffer", NAME), (0, "parameter", "layers.0.base.weight")], ids=["state", "frozen"]
+    "key",
+    [
+        *((1, kind, NAME) for kind in ("gradient", "parameter", "packed", "absmax", "decoded")),
+        (1, "optimizer:momentum_buffer", NAME),
+        (0, "parameter", "layers.0.base.weight"),
+    ],
+    ids=lambda key: f"{key[0]} {key[1]}",
 )
-def test_what_may_be_left_out(key):
-    """An optimizer's state and frozen weights are checked where they are given, and not missed where they are not."""
-    assert missing(key=key) == []
+def test_what_must_be_given(key):
+    """Whatever is expected is missed, an optimizer's state and frozen weights included."""
+    assert missing(key=key) != []
+
+
+def test_a_frozen_tensor_with_a_gradient_fails():
+    """An optimizer would train it."""
+    trained = Shard(
+        name="norm.weight", kind="gradient", step=1, global_shape=(4, 3), index=whole_index((4, 3)), array=WHOLE
+    )
+
+    assert [check.passed for check in frozen_gradients([trained])] == [False]
 
 
 def places(shards, wanted):

@@ -74,7 +74,7 @@ def test_numbers_do_not_depend_on(change):
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"bias": True}, {"base": "nf4"}], ids=lambda change: next(iter(change))
+    "change", [{"seed": 1}, {"bias": True}, {"base": "nf4", "alpha": 4.0}], ids=lambda change: next(iter(change))
 )
 def test_numbers_depend_on(change):
     """A seed, or another layer, changes them."""

@@ -129,6 +129,15 @@ def test_nothing_at_all_is_an_error(outcome):
     assert outcome("Mute").bad.status == "error"
 
 
+def test_nothing_expected_is_an_error(pipeline):
+    """A case in which nothing came to be compared does not pass, whatever the ranks gave."""
+    with mock.patch.object(pipeline_module, "from_twin", return_value={}):
+        (bare,) = pipeline.run([(CASE, "fakes:Honest")])
+
+    assert (bare.status, bare.checks) == ("error", ())
+    assert "nothing that could be checked" in bare.reason
+
+
 def test_what_is_never_given_is_missed(outcome):
     """Magnitudes that are left out unsharded too are missed: the twin alone does not say what there must be."""
     bad = outcome("WithoutMagnitudes").bad
