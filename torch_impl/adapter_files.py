@@ -159,7 +159,7 @@ def _peft_config(model: nn.Module) -> dict[str, Any]:
             f"{len(configs)} adapter configurations in one model", hint="save a model that apply_dora made"
         )
     config = next(iter(layers.values())).config
-    return _peft_json(config, layers, base=getattr(getattr(model, "config", None), "_name_or_path", None))
+    return _peft_json(config, layers, base=getattr(without_ddp(model), "name_or_path", None))
 
 
 def _peft_json(config: DoraConfig, layers: Iterable[str], *, base: str | None) -> dict[str, Any]:

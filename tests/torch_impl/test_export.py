@@ -1,5 +1,6 @@
 """D10, C1, S12: `merge` writes a plain checkpoint with the adapter's logits; `export` an adapter from a checkpoint."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,15 @@ def test_d10_merge_is_far_from_the_base_model(base: Path) -> None:
     assert float((logits(model) - logits(load(base))).abs().max()) > 1000 * NEAR * float(logits(model).abs().max())
 
 
+def test_c1_the_adapter_names_its_base_model(base: Path, tmp_path: Path) -> None:
+    """Peft's AutoPeftModel finds the base model by this name."""
+    save_adapter(adapted(base), tmp_path / "adapter")
+
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+
+    assert config["base_model_name_or_path"] == str(base)
+
+
 def test_merge_overwrites_nothing(base: Path, tmp_path: Path) -> None:
     """An output that exists is refused before anything loads."""
     with pytest.raises(OptionError, match="exists"):
@@ -120,6 +130,9 @@ def test_s12_export_gives_the_checkpoints_adapter(base: Path, tmp_path: Path, me
     export(ExportOptions(tmp_path, tmp_path / "adapter"))
 
     got = {n: p for n, p in load_adapter(load(base), tmp_path / "adapter").named_parameters() if p.requires_grad}
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        base
+    )
     assert got.keys() == want.keys()
     assert all(torch.equal(got[name], want[name]) for name in want)
 
