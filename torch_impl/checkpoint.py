@@ -215,8 +215,11 @@ def _flat(shard: LocalShard) -> FlatRange:
 
 
 def _sizes(tensors: dict[str, Any]) -> dict[str, int]:
-    """Elements of each whole tensor."""
-    return {name: value.whole for name, value in tensors.items() if isinstance(value, FlatRange)}
+    """Elements of each whole tensor, the same on every rank; one with nothing of a parameter has no state of it."""
+    held = [name for name, value in tensors.items() if isinstance(value, FlatRange)]
+    parameters = {name: tensors[name].whole for name in held if "/" not in name}
+    kinds = sorted({name.partition("/")[0] for name in held if "/" in name})
+    return parameters | {f"{kind}/{name}": size for kind in kinds for name, size in parameters.items()}
 
 
 def _state_json(optimizer: torch.optim.Optimizer, saved: Saved, sizes: dict[str, int]) -> dict[str, Any]:
