@@ -86,6 +86,12 @@ WINDOWS = {
 }
 CASES = {name: case(window, out=8 if window.groups == 4 else 6) for name, window in WINDOWS.items()}
 of_cases = pytest.mark.parametrize("name", CASES)
+VARIANTS = [
+    *((name, False, "constant") for name in CASES),
+    *(("1d strided", *variant) for variant in ((True, "constant"), (True, "full"), (False, "full"))),
+    *(("2d dilated groups", *variant) for variant in ((True, "constant"), (True, "full"), (False, "full"))),
+]
+"""Every window as it is, and two of them with dropout and through the norm."""
 of_peft_cases = pytest.mark.parametrize("name", ["1d", "1d strided", "2d", "2d strided", "3d"])
 
 
@@ -154,9 +160,7 @@ def test_d3_convolution_gradients_are_torchs(name):
         assert_equal(found[field], leaf.grad)
 
 
-@of_cases
-@of_dropout
-@of_norms
+@pytest.mark.parametrize(("name", "dropout", "norm_gradient"), VARIANTS)
 def test_d3_closed_form_is_autodiffs(name, dropout, norm_gradient):
     """The closed form, of patches by groups, is the derivative of the convolution, both ways of the norm."""
     it = CASES[name]
