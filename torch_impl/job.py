@@ -81,8 +81,8 @@ def joined(place: Seat, *, phase_timeout: float) -> Iterator[Phases]:
         if place.launched:
             _end_with_parent()
         _stop_on_sigterm(phases)
-        _join(place, phases)
         phases.watch()
+        _join(place, phases)
         yield phases
     finally:
         with suppress(RuntimeError):
@@ -110,7 +110,11 @@ def _stop_on_sigterm(phases: Phases) -> None:
 
 
 def _join(place: Seat, phases: Phases) -> None:
-    """Form the process group, and exchange who is who."""
+    """Form the process group, and exchange who is who.
+
+    torchrun keeps one store over all restarts, and gloo would find the addresses of ranks that are gone: so each start
+    has keys of its own.
+    """
     limit = timedelta(seconds=phases.limit + 30)  # the watchdog, which explains, comes first
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
@@ -118,12 +122,20 @@ def _join(place: Seat, phases: Phases) -> None:
     if not place.launched:
         distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1, timeout=limit)
         return
-    distributed.init_process_group(backend, timeout=limit)
+    store = _store(place, timeout=limit)
+    store.set(f"who/{place.rank}", f"{os.getpid()} {socket.gethostname()}")
+    words = [store.get(f"who/{rank}").decode().split(" ", 1) for rank in range(place.world_size)]
+    phases.peers = tuple((int(process), host) for process, host in words)
+    phases.store = _store(place, timeout=timedelta(seconds=10))
+    distributed.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=limit)
+
+
+def _store(place: Seat, *, timeout: timedelta) -> Any:
+    """A new connection to the launcher's store, with the keys of this start."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store: Any = distributed.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
-    phases.store = distributed.PrefixStore(f"dora/{place.restart}", store)
-    phases.store.set(f"who/{place.rank}", f"pid {os.getpid()} on {socket.gethostname()}")
-    phases.names = tuple(phases.store.get(f"who/{rank}").decode() for rank in range(place.world_size))
+    serves = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = distributed.TCPStore(host, port, is_master=serves, timeout=timeout, multi_tenant=True)
+    return distributed.PrefixStore(f"dora/{place.restart}", store)
 
 
 @contextmanager
@@ -153,9 +165,7 @@ def _first_to_speak(place: Seat) -> bool:
     if not place.launched:
         return True
     try:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = distributed.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
-        return store.add(f"dora/{place.restart}/spoken", 1) == 1
+        return _store(place, timeout=timedelta(seconds=5)).add("spoken", 1) == 1
     except RuntimeError:
         return True
 

@@ -6,13 +6,15 @@ detail and its stack, ranks that don't answer are named by the one that noticed,
 """
 
 import os
+import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,8 +58,8 @@ class Phases:
     recorder: Recorder | None = None
     store: Any = None
     """A connection of the watchdog's own to the launcher's store; None in a run of one process."""
-    names: tuple[str, ...] = ()
-    """`pid N on HOST` for each rank."""
+    peers: tuple[tuple[int, str], ...] = ()
+    """Process and host of each rank."""
     detail: str = ""
     stop_requested_at: float | None = None
     _name: str = "start"
@@ -135,5 +137,14 @@ class Phases:
         except RuntimeError:
             return
         for rank in sorted(silent):
-            who = f" ({self.names[rank]})" if self.names else ""
-            sys.stderr.write(f"rank {rank}{who} doesn't answer\n")
+            self._give_up(rank)
+
+    def _give_up(self, rank: int) -> None:
+        """Name a rank that doesn't answer; end it where it is on this host: a stopped process ignores the launcher."""
+        if not self.peers:
+            return
+        process, host = self.peers[rank]
+        sys.stderr.write(f"rank {rank} (pid {process} on {host}) doesn't answer\n")
+        if host == socket.gethostname():
+            with suppress(OSError):
+                os.kill(process, signal.SIGKILL)
