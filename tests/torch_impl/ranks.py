@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT = 60.0
-_PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "torch_impl"]
+_PRELOAD = [
+    *("torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "torch.distributed.checkpoint"),
+    *("torch_impl", "torch_impl.train", "transformers", "transformers.models.llama.modeling_llama"),
+]
 
 
 class RankFailedError(AssertionError):

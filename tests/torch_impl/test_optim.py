@@ -1,0 +1,104 @@
+"""S5, T2 and the schedule; options that can't be honoured."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from onehot import Stack, build
+from ranks import Pools
+
+from torch_impl import optim
+from torch_impl.__main__ import main
+from torch_impl.errors import DoraError, OptionError
+from torch_impl.options import TrainOptions, from_file
+
+
+def options(**changed: object) -> TrainOptions:
+    """Options that nothing is wrong with, but for what is changed."""
+    return TrainOptions(**({"model": Path("m"), "data": Path("d.txt"), "out": Path("o")} | changed))
+
+
+def test_t2_clip_is_torchs() -> None:
+    """Unsharded, clipped gradients are those of clip_grad_norm_, to one rounding of the coefficient's."""
+    ours, theirs = build(Stack()), build(Stack())
+    for model in (ours, theirs):
+        torch.manual_seed(1)
+        model(torch.randn(4, 66)).sum().backward()
+    norm = optim.squared_norm(optim.gradients(ours)) ** 0.5
+    optim.clip(ours, norm=norm, limit=0.5)
+    torch.nn.utils.clip_grad_norm_([p for p in theirs.parameters() if p.requires_grad], 0.5)
+
+    # torch sums squares in float32: its norm is off by a few ulps, ours by none
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        if a.requires_grad:
+            torch.testing.assert_close(a.grad, b.grad, rtol=16 * torch.finfo(torch.float32).eps, atol=0.0)
+    assert optim.squared_norm(optim.gradients(ours)) ** 0.5 == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp1-orig", "fsdp2", "hsdp", "ddp"])
+def test_s5_the_norm_is_taken_once_over_all_shards(pools: Pools, strategy: str) -> None:
+    """On every rank of every strategy the norm is that of the unsharded mean gradient."""
+    answers = pools.run(4, "runs:norm", strategy=strategy)
+
+    # the two gradients are float32 sums of four terms in different orders
+    assert [n for n, _ in answers] == pytest.approx([w for _, w in answers], rel=4 * torch.finfo(torch.float32).eps)
+    assert len({n for n, _ in answers}) == 1
+
+
+def test_the_schedule_warms_up_and_falls_to_zero() -> None:
+    """Linear, then half a cosine; or constant."""
+
+    def rates(schedule: str) -> list[float]:
+        return [optim.learning_rate(s, peak=1.0, steps=8, warmup=3, schedule=schedule) for s in range(8)]
+
+    assert rates("constant") == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+    assert rates("cosine")[:4] == [0.25, 0.5, 0.75, 1]
+    assert rates("cosine")[7] == 0.5 * (1 + math.cos(0.8 * math.pi))
+
+
+BAD = {
+    "steps": (0, "--steps 0 is below 1"),
+    "lr": (math.nan, "--lr nan is no positive number"),
+    "seq_len": (1, "--seq-len 1 is below 2"),
+    "eval_fraction": (1.5, "not in"),
+    "alpha": (0.0, "alpha 0.0"),
+    "rank": (0, "rank 0"),
+    "clip_norm": (-1.0, "--clip-norm -1.0 is below 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_options_are_one_line(name: str) -> None:
+    """The option, its value and the mend, before anything loads."""
+    value, words = BAD[name]
+
+    with pytest.raises(DoraError, match=words):
+        options(**{name: value})
+
+
+def test_a_runs_own_file_is_its_options(tmp_path: Path) -> None:
+    """What run.json holds reads back as the options that were written."""
+    made = options(steps=7, resume=True, packing=False, shard_size=2)
+    (tmp_path / "run.json").write_text(json.dumps(made.to_json()))
+
+    assert TrainOptions(**from_file(tmp_path / "run.json")) == made
+    assert dataclasses.asdict(made)["steps"] == 7
+
+
+def test_an_unknown_option_in_a_file_is_named(tmp_path: Path) -> None:
+    """A misspelt option isn't dropped in silence."""
+    (tmp_path / "run.json").write_text('{"stepz": 3}')
+
+    with pytest.raises(OptionError, match="stepz"):
+        from_file(tmp_path / "run.json")
+
+
+@pytest.mark.parametrize("words", [["train", "--config", "absent.json"], ["nothing"], []], ids=str)
+def test_usage_is_exit_status_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong word is one line on stderr and status 2."""
+    assert main(words) == 2
+    assert len((capsys.readouterr().err or "usage").splitlines()) == 1
