@@ -316,7 +316,7 @@ def _make_state_(optimizer: torch.optim.Optimizer, *, step: int) -> None:
             if isinstance(optimizer, torch.optim.AdamW):
                 empty = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
                 optimizer.state[parameter] = {"step": torch.tensor(float(step)), **empty}
-            else:
+            elif group["momentum"]:
                 optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
 
 

@@ -93,6 +93,12 @@ def _refuse(options: TrainOptions, phases: Phases, *, restarted: bool) -> None:
     """What is plain before anything loads."""
     if options.strategy == "none" and phases.world_size > 1:
         raise OptionError(f"--strategy none with {phases.world_size} ranks trains each alone", hint="use ddp or fsdp2")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / f".writable-{phases.rank}").touch()
+        (options.out / f".writable-{phases.rank}").unlink()
+    except OSError as problem:
+        raise OptionError(f"--out {options.out} can't be written: {problem}", hint="give a writable folder") from None
     held = checkpoint.newest(options.out / "checkpoints")
     if held and not options.resume and not restarted:
         raise CheckpointError(f"{options.out} holds {held.name}", hint="use --resume, or another --out")

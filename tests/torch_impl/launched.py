@@ -1,0 +1,99 @@
+"""A run under torchrun that something happens to: start it, wait for a line, act, see how it ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a job ended."""
+
+    status: int
+    seconds: float
+    """From the act to the end of the launcher."""
+    lines: list[str]
+    orphans: list[int]
+    """Processes of the job that were still there a second later."""
+    victim: int
+    """The process that was acted on."""
+
+
+def command(words: list[str], *, world: int, restarts: int = 0) -> list[str]:
+    """Give torchrun with our module; a lone process without it."""
+    module = ["-m", "torch_impl", "train", *words]
+    if world == 0:
+        return [sys.executable, *module]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--max-restarts", str(restarts)]
+    return [sys.executable, *torchrun, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *module]
+
+
+def watch(words: list[str], *, until: str, act: Callable[[int, dict[int, int]], int]) -> Callable[..., Ending]:
+    """Make a job that runs until a line holds `until`, then `act(launcher, ranks)`; it returns whom it acted on."""
+
+    def run(log: Path, *, world: int, restarts: int = 0) -> Ending:
+        log.write_text("")
+        with log.open("w") as output:
+            job = subprocess.Popen(  # noqa: S603 - our own words
+                command(words, world=world, restarts=restarts),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                cwd=Path(__file__).parents[2],
+            )
+        deadline = time.monotonic() + 90
+        while until not in log.read_text():
+            assert job.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+        family = psutil.Process(job.pid).children(recursive=True)
+        start = time.monotonic()
+        victim = act(job.pid, _ranks(family))
+        status = job.wait(90)
+        seconds = time.monotonic() - start
+        _, alive = psutil.wait_procs(family, timeout=2.0)
+        orphans = [process.pid for process in alive]
+        for process in alive:
+            process.kill()
+        return Ending(status, seconds, log.read_text().splitlines(), orphans, victim)
+
+    return run
+
+
+def _ranks(family: list[psutil.Process]) -> dict[int, int]:
+    """Process identifiers by rank."""
+    found = {}
+    for process in family:
+        try:
+            if "torch_impl" in process.cmdline():
+                found[int(process.environ()["RANK"])] = process.pid
+        except (psutil.Error, KeyError):
+            continue
+    return found
+
+
+def kill_rank(rank: int, number: int = signal.SIGKILL) -> Callable[[int, dict[int, int]], int]:
+    """Signal one rank."""
+
+    def act(_: int, ranks: dict[int, int]) -> int:
+        os.kill(ranks[rank], number)
+        return ranks[rank]
+
+    return act
+
+
+def signal_launcher(number: int) -> Callable[[int, dict[int, int]], int]:
+    """Signal torchrun, or the lone process."""
+
+    def act(launcher: int, _: dict[int, int]) -> int:
+        os.kill(launcher, number)
+        return launcher
+
+    return act

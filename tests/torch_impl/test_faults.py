@@ -1,0 +1,121 @@
+"""Under torchrun: lost ranks, a lost launcher, SIGTERM, hangs, restarts, unwritable places."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from launched import kill_rank, signal_launcher, watch
+from safetensors.torch import load_file
+from small import write_model, write_text
+
+from torch_impl import checkpoint
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(240)]
+LONG = 100_000
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Callable[..., list[str]]:
+    """The words of a run in a folder of its own."""
+    write_model(tmp_path / "model")
+    write_text(tmp_path / "text.txt")
+
+    def make(*more: str, steps: int = LONG, out: str = "out") -> list[str]:
+        return [
+            *("--model", str(tmp_path / "model"), "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / out)),
+            *("--steps", str(steps), "--save-every", "5", "--seq-len", "24", "--quant", "nf4", "--lr", "1e-3", *more),
+        ]
+
+    return make
+
+
+MOMENTS = {"load": "phase text", "step": "step 8/", "collective": "step 3/", "save": "step 5/"}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_rank_ends_the_job_and_is_named_last(
+    tmp_path: Path, words: Callable[..., list[str]], moment: str, rank: int
+) -> None:
+    """Within 30 s, non-zero, the last line names rank and process; nothing is left; the last checkpoint is whole."""
+    ending = watch(words(), until=MOMENTS[moment], act=kill_rank(rank))(tmp_path / "log", world=2)
+
+    assert ending.seconds < 30
+    assert ending.status != 0
+    assert ending.orphans == []
+    assert ending.lines[-1].startswith(f"rank {rank} (pid {ending.victim} on ")
+    place = checkpoint.newest(tmp_path / "out" / "checkpoints")
+    assert place is None or checkpoint.read_state(place)[1].step % 5 == 0
+
+
+def test_a_killed_launcher_takes_its_ranks_along(tmp_path: Path, words: Callable[..., list[str]]) -> None:
+    """With torchrun gone no rank lives on, and the last line says who was lost."""
+    ending = watch(words(), until="step 8/", act=signal_launcher(signal.SIGKILL))(tmp_path / "log", world=2)
+
+    assert ending.orphans == []
+    assert (tmp_path / "log").read_text().splitlines()[-1].startswith(f"the launcher (pid {ending.victim} on ")
+
+
+@pytest.mark.parametrize("world", [0, 2], ids=["one-process", "torchrun"])
+def test_sigterm_saves_and_ends_in_order(tmp_path: Path, words: Callable[..., list[str]], world: int) -> None:
+    """The step under way is finished and saved, with the adapter; no rank fails."""
+    ending = watch(words(), until="step 7/", act=signal_launcher(signal.SIGTERM))(tmp_path / "log", world=world)
+
+    assert ending.seconds < 30
+    assert ending.orphans == []
+    assert world or ending.status == 0
+    text = "\n".join(ending.lines)
+    assert "adapter and checkpoint of step" in text
+    assert "was lost" not in text
+    assert "exitcode" not in text
+    place = checkpoint.newest(tmp_path / "out" / "checkpoints")
+    assert place is not None
+    assert checkpoint.read_state(place)[1].step >= 7
+
+
+def test_restarted_ranks_end_with_the_bits_of_an_undisturbed_run(
+    tmp_path: Path, words: Callable[..., list[str]]
+) -> None:
+    """A rank is killed, torchrun starts all anew, and they go on from the checkpoint."""
+    disturbed = watch(words(steps=20), until="step 8/", act=kill_rank(1))(tmp_path / "log", world=2, restarts=1)
+    calm = watch(words(steps=20, out="calm"), until="step 20/", act=lambda *_: 0)(tmp_path / "log2", world=2)
+
+    assert (disturbed.status, calm.status) == (0, 0)
+    one, two = (load_file(tmp_path / out / "adapter" / "adapter_model.safetensors") for out in ("out", "calm"))
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+def test_a_hang_is_ended_with_every_ranks_phase_and_stack(tmp_path: Path, words: Callable[..., list[str]]) -> None:
+    """Rank 1 stops: past --phase-timeout rank 0 prints where it waits, names who is silent, and the job ends."""
+    job = watch(words("--phase-timeout", "8"), until="step 8/", act=kill_rank(1, signal.SIGSTOP))
+    ending = job(tmp_path / "log", world=2)
+
+    assert ending.seconds < 8 + 30
+    assert ending.status != 0
+    assert ending.orphans == []
+    text = "\n".join(ending.lines)
+    assert "past --phase-timeout 8 s" in text
+    assert "torch_impl/train.py" in text
+    assert f"rank 1 (pid {ending.victim} on " in text
+
+
+def test_a_slow_phase_prints_every_ranks_stack(tmp_path: Path, words: Callable[..., list[str]]) -> None:
+    """A limit that no load keeps: both ranks print phase and stack, and the job ends non-zero."""
+    job = watch(words("--phase-timeout", "0.05"), until="past --phase-timeout", act=lambda *_: 0)
+    ending = job(tmp_path / "log", world=2)
+
+    text = "\n".join(ending.lines)
+    assert ending.status != 0
+    assert all(f"rank {rank}: in " in text for rank in range(2))
+
+
+def test_an_unwritable_place_is_one_line(tmp_path: Path, words: Callable[..., list[str]]) -> None:
+    """--out below a file: the error line names it, and the job ends non-zero without a traceback of ours."""
+    (tmp_path / "out").write_text("a file")
+    ending = watch(words(), until="error: ", act=lambda *_: 0)(tmp_path / "log", world=2)
+
+    assert ending.status != 0
+    assert len([line for line in ending.lines if line.startswith("error: ")]) == 1
+    assert "torch_impl/train.py" not in "\n".join(ending.lines)
