@@ -67,8 +67,10 @@ def _base(linear: nn.Linear, config: QuantConfig | None, *, name: str) -> DenseB
     if state is not None:
         packed = linear.weight.data
         storage = packed.dtype if config is None else config.quant_storage
-        base = PackedBase(*quant.from_quant_state(packed, state, storage=storage))
-        quant.refuse_non_finite(base.decode(base.weight, dtype=torch.float32), name)
+        stored, tensors, packed_format = quant.from_quant_state(packed, state, storage=storage)
+        base = PackedBase(stored, tensors, packed_format)
+        if not quant.is_finite(tensors, packed_format):
+            quant.refuse_non_finite(base.decode(base.weight, dtype=torch.float32), name)
         return base
     if config is None and isinstance(linear, Linear4bit):
         config = _linear4bit_config(linear)

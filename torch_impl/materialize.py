@@ -179,17 +179,17 @@ class _Reader:
                         f"{key} in {self.files[key]} is {kind} {found}, the model needs {shape}",
                         hint="the files and config.json are not of one model",
                     )
-                if self.sends:
-                    return self._sent(lambda: file.get_tensor(key), found, _DTYPES[kind])
-                return file.get_tensor(key).clone()
+            place = (self.folder / self.files[key], key, found, _DTYPES[kind])
+            return self._sent(*place) if self.sends else _read_unmapped(*place)
         except (OSError, SafetensorError) as problem:
             raise ModelFileError(
                 f"{self.folder / self.files[key]} can't be read: {problem}", hint="copy the checkpoint again"
             ) from None
 
-    def _sent(self, get: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _sent(self, path: Path, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Rank 0's bytes, on every rank."""
-        tensor = get().clone() if distributed.get_rank() == 0 else torch.empty(shape, dtype=dtype)
+        first = distributed.get_rank() == 0
+        tensor = _read_unmapped(path, key, shape, dtype) if first else torch.empty(shape, dtype=dtype)
         distributed.broadcast(tensor.reshape(-1).view(torch.uint8) if tensor.numel() else tensor, src=0)
         return tensor
 
@@ -220,6 +220,23 @@ class _Reader:
         weight = nn.Parameter(self._raw(key, None), requires_grad=False)
         weight.quant_state = state
         return weight
+
+
+def _read_unmapped(path: Path, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor's bytes, read into its own memory: a mapped file would count a second time while it is copied.
+
+    Raises:
+        OSError: the file ends before the tensor does.
+    """
+    tensor = torch.empty(shape, dtype=dtype)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        start, stop = json.loads(file.read(length))[key]["data_offsets"]
+        file.seek(8 + length + start)
+        got = file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) if stop > start else 0
+    if got != stop - start or got != tensor.nbytes:
+        raise OSError(f"{key} is cut off")
+    return tensor
 
 
 def _files(folder: Path) -> dict[str, str]:

@@ -44,20 +44,25 @@ def _row_blocks(W_OI: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, W_OI.shape[0]))
 
 
-def _weight_terms(W_OI: Tensor, A_RI: Tensor) -> tuple[Tensor, Tensor]:
-    """D13's two terms that read W, in float32: |W_i|^2 (O) and A W' (R, O)."""
+def _weight_terms(W_OI: Tensor, A_RI: Tensor, *, moved: bool) -> tuple[Tensor, Tensor]:
+    """D13's two terms that read W, in float32: |W_i|^2 (O) and A W' (R, O), the latter only where B isn't 0."""
     squares_O = W_OI.new_empty(W_OI.shape[0], dtype=torch.float32)
     cross_RO = W_OI.new_empty(A_RI.shape[0], W_OI.shape[0], dtype=torch.float32)
     for rows in _row_blocks(W_OI):
         block = W_OI[rows].float()
         squares_O[rows] = block.square().sum(dim=1)
-        cross_RO[:, rows] = A_RI @ block.T
+        if moved:
+            cross_RO[:, rows] = A_RI @ block.T
     return squares_O, cross_RO
 
 
 def _factored(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, *, scaling: float) -> tuple[Tensor, Tensor]:
     """D13: n^2 (O) in float32, and where it may be trusted (O, bool)."""
-    squares_O, cross_RO = _weight_terms(W_OI, A_RI)
+    moved = bool(B_OR.any()) or not bool(torch.isfinite(A_RI).all())
+    squares_O, cross_RO = _weight_terms(W_OI, A_RI, moved=moved)
+    if not moved:  # a fresh adapter, B = 0: the other terms are 0
+        least = FLUSHED * (A_RI.shape[1] + 2 * A_RI.shape[0]) * (1 + abs(scaling)) ** 2
+        return squares_O, (squares_O < CEILING) & (squares_O >= least)
     inner_OR = 2 * cross_RO.T + scaling * (B_OR @ (A_RI @ A_RI.T))
     squared_O = squares_O + scaling * (inner_OR * B_OR).sum(dim=1)
     terms_O = (squares_O.sqrt() + abs(scaling) * (B_OR.abs() @ torch.linalg.vector_norm(A_RI, dim=1))).square()

@@ -51,9 +51,8 @@ def refuse_non_finite(tensor: Tensor, name: str) -> None:
     Raises:
         NonFiniteError: some element isn't finite.
     """
-    finite = torch.isfinite(tensor)
-    if not bool(finite.all()):
-        index = tuple((~finite).nonzero()[0].tolist())
+    if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all()):
+        index = tuple((~torch.isfinite(tensor)).nonzero()[0].tolist())
         raise NonFiniteError(
             f"{name} holds {tensor[index].item()} at index {index}",
             hint="mend the checkpoint: DoRA divides by row norms",
@@ -125,6 +124,15 @@ def decode(stored: Tensor, tensors: dict[str, Tensor], packed_format: PackedForm
     state = _quant_state(tensors, packed_format, dtype=dtype)
     W_N = bnb.dequantize_4bit(bytes_N1, quant_state=state)
     return W_N.flatten()[: math.prod(packed_format.shape)].reshape(packed_format.shape)
+
+
+def is_finite(tensors: dict[str, Tensor], packed_format: PackedFormat) -> bool:
+    """Q7: whether a packed weight surely decodes to finite numbers, as its quant state bounds them: no decoding."""
+    absmax = tensors["absmax"].abs().amax().double()
+    if packed_format.nested_blocksize is not None:
+        nested = tensors["nested_absmax"].abs().amax().double() * tensors["nested_code"].abs().amax()
+        absmax = nested + tensors["nested_offset"].abs()
+    return bool(absmax * tensors["code"].abs().amax() <= torch.finfo(torch.float32).max)
 
 
 def _quant_state(tensors: dict[str, Tensor], packed_format: PackedFormat, *, dtype: torch.dtype) -> bnb.QuantState:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import llama
-import onehot
 import torch
 from torch import Tensor, nn
 
@@ -82,22 +81,3 @@ def whole(parts: list[Held]) -> dict[str, Tensor]:
             flat[start : start + len(values)] = torch.tensor(values)
         found[name] = flat
     return found
-
-
-def small() -> tuple[nn.Module, torch.optim.Optimizer]:
-    """An unsharded stack that has made a step."""
-    model = onehot.build(onehot.Stack(sizes=(24, 17, 6)))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    model(torch.ones(2, 24)).sum().backward()
-    optimizer.step()
-    return model, optimizer
-
-
-def save_for_ever(folder: str) -> None:
-    """One checkpoint after another, until it is killed."""
-    torch.set_num_threads(1)
-    model, optimizer = small()
-    step = 0
-    while True:
-        step += 1
-        checkpoint.save(Path(folder), model, optimizer, checkpoint.Saved(step, step, {}))

@@ -136,3 +136,10 @@ def test_d4_a_row_below_float32_is_not_zero() -> None:
 def test_d7_ratio_is_zero_where_the_norm_is() -> None:
     """The ratio is m / n, and 0 (not NaN, not infinity) on zero rows."""
     assert ratio(torch.tensor([0.0, 3.0, 3.0]), torch.tensor([0.0, 0.0, 2.0])).tolist() == [0.0, 0.0, 1.5]
+
+
+def test_d4_a_poisoned_adapter_is_not_hidden_by_a_zero_b() -> None:
+    """0 times NaN is NaN: the short way for B = 0 is taken only where A is finite."""
+    W, A, B = torch.ones(3, 4), torch.full((2, 4), torch.nan), torch.zeros(3, 2)
+
+    assert bool(torch.isnan(weight_norm(W, A, B, scaling=1.0)).all())

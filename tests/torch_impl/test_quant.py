@@ -9,7 +9,7 @@ from torch import nn
 
 from torch_impl import DoraConfig, QuantConfig, apply_dora
 from torch_impl.errors import NonFiniteError, StorageError
-from torch_impl.quant import decode, quantize, view_bytes
+from torch_impl.quant import decode, is_finite, quantize, view_bytes
 
 SHAPES = [(50, 96), (65, 66), (1, 66), (3, 3), (1, 1), (1, 2), (2, 1)]
 STORAGES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32]
@@ -104,3 +104,18 @@ def test_s6_bytes_that_were_cast_are_refused() -> None:
 
     with pytest.raises(StorageError, match=r"torch\.float16, not torch\.bfloat16"):
         decode(stored.to(torch.float16), tensors, packed_format, dtype=torch.float32)
+
+
+PARTS = {False: ("absmax", "code"), True: ("nested_absmax", "nested_offset", "code")}
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("nested", "part"), [(nested, part) for nested, parts in PARTS.items() for part in parts])
+def test_q7_a_poisoned_quant_state_is_seen_without_decoding(*, nested: bool, part: str, bad: float) -> None:
+    """Any part of the state that isn't finite is noticed, and a sound one passes."""
+    _, state, packed_format = quantize(torch.randn(8, 64), QuantConfig(nested=nested), name="w")
+    assert is_finite(state, packed_format)
+
+    state[part].view(-1)[0] = bad
+
+    assert not is_finite(state, packed_format)
