@@ -116,7 +116,7 @@ def _join(place: Seat, phases: Phases) -> None:
     has keys of its own.
     """
     limit = timedelta(seconds=phases.limit + 30)  # the watchdog, which explains, comes first
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(place.local_rank)
     if not place.launched:
