@@ -7,6 +7,7 @@ ranks; nothing that is expected ever reaches an implementation.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -53,10 +54,14 @@ class Pipeline:
         self._pools.__exit__(*exception)
 
     def run(self, assignments: Iterable[Assignment]) -> Iterator[CaseResult]:
-        """Run each case in turn; the JAX process works ahead through all that it will be asked, in the same order."""
-        waiting = [(case, implementation, self._ask(case, implementation)) for case, implementation in assignments]
-        for case, implementation, predictions in waiting:
-            yield self._run_case(case, implementation, predictions)
+        """Run each case in turn; the JAX process works ahead through all that it will be asked, in the same order.
+
+        Networks keep it busy for long, so they are asked for when the stacks, which ask it for layouts, are done.
+        """
+        for _, group in itertools.groupby(assignments, key=lambda assignment: assignment[0].model == "pretrained"):
+            waiting = [(case, implementation, self._ask(case, implementation)) for case, implementation in group]
+            for case, implementation, predictions in waiting:
+                yield self._run_case(case, implementation, predictions)
 
     def _ask(self, case: Case, implementation: str) -> Future[Predictions] | None:
         """Nothing to ask where the unsharded twin alone is the expectation."""
