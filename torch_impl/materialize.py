@@ -9,7 +9,9 @@ At any moment the memory holds what has arrived, packed, and one tensor as the f
 to be overwritten, and the adapters come out as `apply_dora` makes them on the loaded model with the same seed.
 """
 
+import ctypes
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,8 @@ from torch_impl.config import DoraConfig
 from torch_impl.errors import ModelFileError
 from torch_impl.phases import timed
 
+_TRIM_EVERY = 2**24
+"""Bytes of weights that pass through memory before what they left free is returned."""
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPES |= {"U8": torch.uint8, "I8": torch.int8, "I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
@@ -58,12 +62,16 @@ def materialize(
         inject.refuse_target(name, model.get_submodule(name), config)
     targets = {id(model.get_submodule(name)): name for name in reversed(names)}
     made: dict[int, nn.Module] = {}
+    passed = 0
     for name, module in list(model.named_modules()):
         note(name)
         if id(module) in targets:
             _load_own(reader, name, module, packed_allowed=True)
             made[id(module)] = inject.dora_linear(module, config, name=name)
+            passed += module.weight.nbytes
             module.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # the original has been packed
+            if passed > _TRIM_EVERY:
+                passed = _give_back()
         else:
             _load_own(reader, name, module)
     if config:
@@ -72,6 +80,14 @@ def materialize(
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
     return model
+
+
+def _give_back() -> int:
+    """Return freed memory to the system, and 0: small lasting tensors between large passing ones keep glibc from it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+    return 0
 
 
 def skeleton(folder: Path, *, dtype: torch.dtype | None) -> nn.Module:
