@@ -1,10 +1,12 @@
 """Run by ranks: train a little, save, load; what a rank holds as ranges of flattened tensors."""
 
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import llama
+import onehot
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from torch_impl import ShardConfig, checkpoint, local_shards, shard_model
 
@@ -81,3 +83,18 @@ def whole(parts: list[Held]) -> dict[str, Tensor]:
             flat[start : start + len(values)] = torch.tensor(values)
         found[name] = flat
     return found
+
+
+def save_for_ever(rank: int, store: str, folder: Path, pipe: Connection) -> None:
+    """A rank that trains nothing and saves all the time; every element of step n is n."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model = shard_model(onehot.build(onehot.Stack()), ShardConfig(strategy="fsdp2"))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    for step in range(1, 10**6):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.fill_(step)
+        checkpoint.save(folder, model, optimizer, checkpoint.Saved(step, 0, {}))
+        pipe.send(step)

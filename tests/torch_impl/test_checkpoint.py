@@ -6,15 +6,15 @@ import os
 import random
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 from onehot import Stack, build
-from torch import distributed, nn
+from saves import save_for_ever
+from torch import nn
 
-from torch_impl import ShardConfig, checkpoint, shard_model
+from torch_impl import checkpoint
 from torch_impl.errors import CheckpointError
 
 
@@ -107,21 +107,6 @@ def test_a_folder_that_is_a_file_is_one_line(tmp_path: Path) -> None:
         checkpoint.save(tmp_path / "out" / "checkpoints", *trained(), checkpoint.Saved(1, 0, {}))
 
 
-def _save_for_ever(rank: int, store: str, folder: Path, pipe: Connection) -> None:
-    """A rank that trains nothing and saves all the time; every element of step n is n."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model = shard_model(build(Stack()), ShardConfig(strategy="fsdp2"))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
-    for step in range(1, 10**6):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.fill_(step)
-        checkpoint.save(folder, model, optimizer, checkpoint.Saved(step, 0, {}))
-        pipe.send(step)
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
@@ -134,7 +119,7 @@ def test_fifty_kills_while_saving_leave_fifty_loadable_checkpoints(tmp_path: Pat
         folder = tmp_path / str(attempt)
         ours, theirs = context.Pipe()
         arguments = [(rank, str(tmp_path / f"store{attempt}"), folder, theirs) for rank in range(2)]
-        ranks = [context.Process(target=_save_for_ever, args=a, daemon=True) for a in arguments]
+        ranks = [context.Process(target=save_for_ever, args=a, daemon=True) for a in arguments]
         for rank in ranks:
             rank.start()
         assert ours.poll(60)
