@@ -64,6 +64,10 @@ class Case:
     """Whether some rows of V are zero (D7)."""
     ties: bool = False
     """Whether the codec's weights lie on the midpoints between two codes and on their float32 neighbours (Q5)."""
+    hard_rows: bool = False
+    """Whether some rows of V are tiny, some huge, and some nearly cancel s B A (D4, D13)."""
+    batched: bool = False
+    """Whether the tokens come as two sequences, `(2, tokens / 2, in)`."""
     zero_b: bool = False
     """Whether B starts at zero (D12)."""
     steps: int = 1
@@ -82,7 +86,9 @@ class Case:
     @property
     def id(self) -> str:
         """The identifier: the same words in the same order for every case."""
-        features = [name for name in ("bias", "zero_rows", "ties", "zero_b") if getattr(self, name)]
+        features = [
+            name for name in ("bias", "zero_rows", "hard_rows", "ties", "zero_b", "batched") if getattr(self, name)
+        ]
         if self.activation != "identity":
             features.append(self.activation)
         if self.param_dtype:

@@ -72,10 +72,15 @@ def layout_question(strategy: str, world: int, twin: Iterable[Shard]) -> LayoutQ
 
 def check_layout(shards: Iterable[Shard], layouts: Layouts) -> list[Check]:
     """Where each rank says its parameters lie, against S1 and S2."""
+    held = [shard for shard in shards if shard.kind == "parameter" and shard.step == 0]
+    absent = sorted(set(layouts) - {(shard.name, shard.rank) for shard in held})
     return [
-        _place_check(shard, layouts[shard.name, shard.rank])
-        for shard in shards
-        if shard.kind == "parameter" and shard.step == 0 and (shard.name, shard.rank) in layouts
+        *(
+            _place_check(shard, layouts[shard.name, shard.rank])
+            for shard in held
+            if (shard.name, shard.rank) in layouts
+        ),
+        *(_failure((0, "layout", name), rank, "layout: this rank says nothing of it") for name, rank in absent),
     ]
 
 

@@ -32,13 +32,15 @@ def from_oracle(case: Case, predictions: Predictions) -> Expectations:
     }
 
 
-def from_twin(case: Case, twin: list[Shard], predictions: Predictions) -> Expectations:
+def from_twin(case: Case, twin: list[Shard], predictions: Predictions, *, units: str = "") -> Expectations:
     """Link 2: the unsharded result of the same implementation, frozen weights included.
+
+    `units` is what the implementation declares: with S7's, `layer`, it owes the base weights too.
 
     Raises:
         CaseFailed: that result lacks a tensor; leaving it out everywhere is no way to pass.
     """
-    missed = sorted(owed(case) - {shard.key for shard in twin})
+    missed = sorted((owed(case) | (_owed_bases(case) if units == "layer" else set())) - {shard.key for shard in twin})
     if missed:
         step, kind, name = missed[0]
         raise CaseFailed(f"unsharded, it gives no {kind} of {name} at step {step}; {len(missed)} tensors are missing")
@@ -93,6 +95,12 @@ def is_frozen(name: str) -> bool:
 def required(expectations: Expectations) -> set[Key]:
     """What an implementation must give: all that is expected. Leaving a tensor out is no way to pass."""
     return set(expectations)
+
+
+def _owed_bases(case: Case) -> set[Key]:
+    """S6: the frozen weights, packed or dense, before the first step."""
+    positions = range(len(case.layers) if case.model == "stack" else 0)
+    return {(0, "parameter", f"layers.{position}.base.weight") for position in positions}
 
 
 def owed(case: Case) -> set[Key]:

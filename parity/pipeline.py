@@ -137,7 +137,7 @@ class Pipeline:
         if case.link != "shards":
             return compare(shards, from_oracle(case, predicted))
         twin = self._run_twin(case.unsharded_twin(), implementation)
-        checks = compare(shards, from_twin(case, twin, predicted))
+        checks = compare(shards, from_twin(case, twin, predicted, units=answers[0].units))
         if answers[0].units and case.strategy != UNSHARDED and case.model == "stack":
             question = layout_question(case.strategy, case.world, twin)
             layouts = self._ahead.submit(partial(self._oracle.layout, question), urgent=True).result()

@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 from parity.case import Case
-from parity.cases.shapes import SHAPES, Shape
+from parity.cases.shapes import MANY_BLOCKS, ODD, SHAPES, Shape
 
 _CLAUSES = ("Q1", "Q2", "Q3", "Q4", "Q5", "Q6")
 
@@ -17,7 +17,8 @@ def codec_cases() -> list[Case]:
         _case(shape, compute=compute, zero_rows=zero_rows)
         for shape, compute, zero_rows in product(SHAPES, ("float32", "bfloat16"), (False, True))
     ]
-    return plain + [_case(shape, ties=True) for shape in SHAPES]
+    rest = [_case(shape, compute=compute) for shape, compute in product((ODD, MANY_BLOCKS), ("float32", "bfloat16"))]
+    return plain + rest + [_case(shape, ties=True) for shape in SHAPES]
 
 
 def _case(shape: Shape, **fields: Any) -> Case:

@@ -34,4 +34,7 @@ PADDED = Shape(
 THIN = Shape("thin", ((40, 27), (27, 30)), 2, 2.5, 4.0, "r below the world size: ranks with an empty shard of A")
 SINGLE_ROW = Shape("single-row", ((64, 1),), 2, 1.5, 3.0, "out = 1: ranks with empty shards of B and the magnitude")
 
+ODD = Shape("odd", ((67, 33), (33, 19)), 3, 5 / 3, 1.0, "odd element counts: the last byte carries one nibble")
+MANY_BLOCKS = Shape("many-blocks", ((160, 104),), 2, 1.5, 1.0, "260 blocks: a second nested block (Q6)")
+
 SHAPES = (UNEVEN, PADDED, THIN, SINGLE_ROW)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
 from parity.case import UNSHARDED, Case
-from parity.cases.shapes import DENSE_LATTICE_SCALING, PADDED, SHAPES, SINGLE_ROW, THIN, UNEVEN, Shape
+from parity.cases.shapes import DENSE_LATTICE_SCALING, ODD, PADDED, SHAPES, SINGLE_ROW, THIN, UNEVEN, Shape
 
 LAYER = ("D1", "D2", "D3", "D5", "D11", "G1")
 SHARDED = ("S1", "S3", "S7", "S11")
@@ -24,7 +24,7 @@ _PRECISIONS = (
 
 def stack_cases(tier: str) -> list[Case]:
     """All stacks of a tier: the full one has every shape in every bounded case and more worlds."""
-    cases = [*_unsharded(), *_lattice(), *_one_hot(), *_bounded(tier), *_start(), *_jax()]
+    cases = [*_unsharded(), *_crosses(), *_lattice(), *_one_hot(), *_bounded(tier), *_start(), *_jax()]
     if tier == "full":
         cases += list(_one_hot_at(world=8))
     return cases
@@ -69,6 +69,26 @@ _FEATURES: tuple[dict[str, Any], ...] = (
     {"zero_b": True},
     {"bias": True, "activation": "relu"},
 )
+
+
+def _crosses() -> Iterator[Case]:
+    """What the grid above leaves out: odd counts, sequences, a bias in bfloat16, rows that are hard for a norm."""
+    common = {"link": "frameworks", "proof": "bound", "steps": 2}
+    for base, compute in _PRECISIONS:
+        yield _case(ODD, base=base, compute=compute, **common)
+        yield _case(UNEVEN, base=base, compute=compute, bias=True, batched=True, **common)
+    yield _case(UNEVEN, base="nf4", zero_rows=True, **common)
+    yield _case(UNEVEN, base="nf4", zero_b=True, **common)
+    for strategy, base in product(_STRATEGIES, ("float32", "nf4")):
+        one_hot = {"proof": "one-hot", "strategy": strategy, "world": 3, "steps": 3}
+        yield _case(ODD, link="shards", base=base, **one_hot)
+    hard = replace(UNEVEN, name="uneven-last", layers=UNEVEN.layers[1:])  # one layer: huge rows would drown a second
+    for proof, steps in (("start", 0), ("bound", 1)):
+        yield _with_clauses(_case(hard, link="frameworks", proof=proof, steps=steps, hard_rows=True), "D4", "D13")
+
+
+def _with_clauses(case: Case, *clauses: str) -> Case:
+    return replace(case, clauses=(*clauses, *case.clauses))
 
 
 def _lattice() -> Iterator[Case]:
@@ -118,7 +138,7 @@ def _start() -> Iterator[Case]:
 def _start_case(shape: Shape, **fields: Any) -> Case:
     case = _case(shape, steps=0, **{"proof": "start", **fields})
     only = ["D1", "D2", "D3", "D6", "D11", *(["D4", "D13"] if case.proof == "root" else [])]
-    return dataclasses.replace(case, clauses=(*only, *(c for c in case.clauses if c not in {*LAYER, *only})))
+    return replace(case, clauses=(*only, *(c for c in case.clauses if c not in {*LAYER, *only})))
 
 
 def _jax() -> Iterator[Case]:

@@ -81,10 +81,14 @@ class TorchStack:
         if case.strategy != UNSHARDED:
             model = self.shard(model, case)
         dtype = DTYPES[case.compute]
-        data = [
-            [torch.from_numpy(part).to(place.device, dtype) for part in batch] for batch in batches(case, place.rank)
-        ]
+        data = [[_shaped(part, case).to(place.device, dtype) for part in batch] for batch in batches(case, place.rank)]
         yield from train(model, case, lambda step: (model(data[step][0]) * data[step][1]).sum())
+
+
+def _shaped(tokens: np.ndarray, case: Case) -> torch.Tensor:
+    """(tokens, features), or two sequences of half as many tokens."""
+    tensor = torch.from_numpy(tokens)
+    return tensor.reshape(2, -1, tensor.shape[1]) if case.batched else tensor
 
 
 def train(model: nn.Module, case: Case, loss_of_step) -> Iterator[Shard]:  # noqa: ANN001 - a callable from step to scalar

@@ -33,7 +33,7 @@ def input_seed(case: Case) -> int:
     """A seed from what the numbers depend on; never from the strategy, the world or the subject."""
     kind = case.proof if case.proof in _BUILDERS else "gaussian"
     identity = (kind, case.layers, case.rank, case.alpha, case.tokens, case.base, case.compute)
-    features = (case.activation, case.bias, case.zero_rows, case.zero_b, case.ties, case.seed)
+    features = (case.activation, case.bias, case.zero_rows, case.hard_rows, case.zero_b, case.ties, case.seed)
     return zlib.crc32(repr((identity, features)).encode())
 
 

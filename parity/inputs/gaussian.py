@@ -39,6 +39,8 @@ def _layer(case: Case, generator: np.random.Generator, *, fan_in: int, fan_out: 
         # W and B zero: V is exactly zero whatever A holds (a weight of -sBA would have to be representable).
         weight[::5] = 0.0
         lora_B[::5] = 0.0
+    if case.hard_rows:
+        _make_rows_hard(case, weight, lora_A=lora_A, lora_B=lora_B)
     norm = np.linalg.norm(
         weight.astype(np.float64) + case.alpha / case.rank * (lora_B.astype(np.float64) @ lora_A), axis=1
     )
@@ -47,6 +49,15 @@ def _layer(case: Case, generator: np.random.Generator, *, fan_in: int, fan_out: 
     if case.bias:
         layer["bias"] = _held(generator.standard_normal(fan_out), case.base)
     return layer
+
+
+def _make_rows_hard(case: Case, weight: np.ndarray, *, lora_A: np.ndarray, lora_B: np.ndarray) -> None:
+    """D4, D13: of every four rows one is tiny, one huge, one is `-s B A` but for a thousandth of what it was."""
+    for row, power in ((1, -84), (2, 60)):
+        weight[row::4] *= np.float32(2.0**power)
+        lora_B[row::4] *= np.float32(2.0**power)
+    update = case.alpha / case.rank * (lora_B[3::4].astype(np.float64) @ lora_A)
+    weight[3::4] = _held(1e-3 * weight[3::4] - update, case.base)
 
 
 def _held(values: np.ndarray, dtype: str) -> np.ndarray:
