@@ -53,7 +53,7 @@ def _layer(case: Case, generator: np.random.Generator, *, fan_in: int, fan_out: 
 
 def _make_rows_hard(case: Case, weight: np.ndarray, *, lora_A: np.ndarray, lora_B: np.ndarray) -> None:
     """D4, D13: of every four rows one is tiny, one huge, one is `-s B A` but for a thousandth of what it was."""
-    for row, power in ((1, -84), (2, 60)):
+    for row, power in ((1, -84), (2, 80)):
         weight[row::4] *= np.float32(2.0**power)
         lora_B[row::4] *= np.float32(2.0**power)
     update = case.alpha / case.rank * (lora_B[3::4].astype(np.float64) @ lora_A)
