@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -121,6 +121,3 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
         status = INTERRUPTED
     sys.exit(status)
-
-
-__all__ = ["FELL_SHORT", "HOLDS", "RunOptions", "Selection", "field", "main"]

@@ -163,8 +163,3 @@ def write_json(path: Path, content: Any) -> None:
 def worst_of(checks: Iterable[Check]) -> list[Check]:
     """Failed checks, those furthest off first."""
     return sorted((check for check in checks if not check.passed), key=lambda check: -(check.ratio or float("inf")))
-
-
-def default_folder() -> Path:
-    """Where `make parity` writes."""
-    return Path(os.environ.get("DORA_PARITY_RESULTS", "results"))

@@ -23,7 +23,7 @@ from parity.mutants import CONTROLS
 from parity.pipeline import Assignment, Pipeline
 from parity.pretrained import PretrainedUnavailable, cache_directory, locate, token_ids
 from parity.report.terminal import follow, show
-from parity.results import CaseResult, Results, write_json
+from parity.results import Results, write_json
 
 
 def run_suite(options: RunOptions, console: Console) -> int:
@@ -116,6 +116,3 @@ def _write(place: Path | None, results: Results) -> None:
             write_json(place, results.as_json())
         except OSError as error:
             raise CannotRun(f"--json {place} cannot be written: {error.strerror}", hint="name another file") from error
-
-
-__all__ = ["CaseResult", "assign", "find_model", "run_suite"]

@@ -251,8 +251,11 @@ class Moved(Honest):
     units = "layer"
 
     def honest(self, case, place):
-        """Be the other rank."""
-        return super().honest(case, dataclasses.replace(place, rank=place.world - 1 - place.rank))
+        """Be the other rank; who declares S7's units owes the frozen weights too."""
+        other = dataclasses.replace(place, rank=place.world - 1 - place.rank)
+        yield from super().honest(case, other)
+        for position, (fan_in, fan_out) in enumerate(case.layers):
+            yield shard_of(f"layers.{position}.base.weight", (fan_out, fan_in), other, kind="parameter", step=0)
 
 
 class Refuses(Honest):
