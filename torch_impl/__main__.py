@@ -3,6 +3,7 @@
 Exit status: 0 done (SIGTERM included, once saved), 1 it fell short, 2 it can't run as asked, 3 a watchdog ended it.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +21,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _train(words[1:]) if words[0] == "train" else _alone(words[0], words[1:])
 
 
+def fix_kernels() -> None:
+    """T6: have MKL choose its kernels by shape alone, not by memory address; before its first call.
+
+    FSDP1's views are unaligned: without this its bits, and those of a run that is resumed, depend on where they lie.
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
 def _train(words: list[str]) -> int:
     """Train, in this rank."""
-    import tyro  # noqa: PLC0415 - after the usage line
+    fix_kernels()
+    import tyro  # noqa: PLC0415 - as below, after the usage line
 
     from torch_impl import job  # noqa: PLC0415
     from torch_impl.errors import DoraError  # noqa: PLC0415
