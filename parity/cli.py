@@ -28,6 +28,7 @@ Examples:
   dora-parity run -k 'fsdp2 and nf4' --world 2,4    a part of it
   dora-parity run --impl my_module:MyDora           your own implementation instead
   dora-parity mutants                               plant each known bug; each must be found
+  dora-parity bench --json bench.json               what it costs, beside LoRA, peft and bitsandbytes
 """
 
 HOLDS, FELL_SHORT, CANNOT_RUN, INTERRUPTED = 0, 1, 2, 130
@@ -105,6 +106,24 @@ def mutants(
     from parity.controls import run_mutants  # noqa: PLC0415
 
     return run_mutants(only, json, Console())
+
+
+@app.command(name="bench")
+def bench(
+    only: Annotated[str, arg(aliases=["-k"], metavar="NAME")] = "",
+    json: Annotated[Path | None, arg(metavar="FILE")] = None,
+    plot: Annotated[Path | None, arg(metavar="FILE")] = None,
+) -> int:
+    """Measure what correctness costs, against LoRA, peft and bitsandbytes; a ratio beyond its limit fails the command.
+
+    Some ten minutes; leave the machine alone meanwhile. --only chooses rows whose name contains NAME; --json writes
+    the rows, --plot draws them (.svg, .png).
+
+    Example: dora-parity bench --json bench.json --plot bench.svg
+    """
+    from parity.bench.command import run_bench  # noqa: PLC0415
+
+    return run_bench(only, json, plot, Console())
 
 
 def main() -> None:
