@@ -20,7 +20,7 @@ LINKS: tuple[Link, ...] = ("algebra", "shards", "frameworks", "training", "contr
 UNSHARDED = "none"
 """The strategy of a case that one process runs without any sharding."""
 
-TORCH_STRATEGIES = (UNSHARDED, "fsdp1", "fsdp1-orig", "fsdp2")
+TORCH_STRATEGIES = (UNSHARDED, "fsdp1", "fsdp1-orig", "fsdp2", "hsdp", "ddp")
 """What `torch_impl` and third parties run; all other strategies belong to a built-in subject."""
 
 
@@ -108,6 +108,11 @@ class Case:
     def momentum(self) -> float:
         """SGD's momentum (T3)."""
         return 0.5
+
+    @property
+    def copies(self) -> int:
+        """On how many ranks each element lies: 2 rows of a mesh under hsdp (S9), every rank under ddp."""
+        return {"hsdp": 2, "ddp": self.world}.get(self.strategy, 1)
 
     @property
     def input_world(self) -> int:

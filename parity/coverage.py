@@ -1,4 +1,7 @@
-"""Two checks on all ranks together: that they hold every element of every tensor, and hold it where S1 and S2 say."""
+"""Two checks on all ranks together: that they hold every element of every tensor, and hold it where S1 and S2 say.
+
+An element lies on one rank, or on as many as there are replicas (S9): who holds it twice does not shard it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from parity.case import Case
 from parity.check import Check
 from parity.expectation import Expectations, is_frozen, required
 from parity.layout import LayoutQuestion, Layouts
@@ -13,15 +17,19 @@ from parity.oracle.prediction import Key
 from parity.shard import Shard, describe_index
 
 
-def missing_elements(shards: Iterable[Shard], expectations: Expectations) -> list[Check]:
-    """A failed check for each tensor that the ranks do not give in full; nothing where all is there."""
+def missing_elements(shards: Iterable[Shard], expectations: Expectations, *, copies: int | None = None) -> list[Check]:
+    """A failed check for each tensor that the ranks do not give in full, or not as often as `copies` says.
+
+    None leaves open how often: then all elements of a tensor must lie on equally many ranks.
+    """
     held: dict[Key, np.ndarray] = {
-        key: np.zeros(expectations[key].value.shape, dtype=bool) for key in required(expectations)
+        key: np.zeros(expectations[key].value.shape, dtype=np.int16) for key in required(expectations)
     }
     for shard in shards:
         if shard.key in held:
-            _mark(held[shard.key], shard)
-    return [_missing(key, marks) for key, marks in sorted(held.items()) if not marks.all()]
+            _count(held[shard.key], shard)
+    faults = ((key, _fault(counts, copies)) for key, counts in sorted(held.items()))
+    return [_failure(key, -1, f"coverage: {said}", worst=float(lost)) for key, (lost, said) in faults if lost]
 
 
 def frozen_gradients(shards: Iterable[Shard]) -> list[Check]:
@@ -32,16 +40,23 @@ def frozen_gradients(shards: Iterable[Shard]) -> list[Check]:
     ]
 
 
-def _mark(marks: np.ndarray, shard: Shard) -> None:
+def _count(counts: np.ndarray, shard: Shard) -> None:
     try:
-        shard.part_of(marks)[...] = True  # a view: the index is one of slices
+        part = shard.part_of(counts)
     except IndexError:
         return  # `check_shard` reports an index that does not fit
+    part += 1  # a view: the index is one of slices
 
 
-def _missing(key: Key, marks: np.ndarray) -> Check:
-    lost = int((~marks).sum())
-    return _failure(key, -1, f"coverage: {lost} of {marks.size} elements on no rank", worst=float(lost))
+def _fault(counts: np.ndarray, copies: int | None) -> tuple[int, str]:
+    """How many elements lie on the wrong number of ranks, and that in words."""
+    lost = int((counts == 0).sum())
+    if lost:
+        return lost, f"{lost} of {counts.size} elements on no rank"
+    wanted = copies or int(counts.min(initial=1))
+    wrong = counts[counts != wanted]
+    often = " or ".join(map(str, np.unique(wrong)))
+    return wrong.size, f"{wrong.size} of {counts.size} elements on {often} ranks, wanted {wanted}"
 
 
 def _failure(key: Key, rank: int, mode: str, *, worst: float = float("inf")) -> Check:
@@ -60,14 +75,14 @@ def _failure(key: Key, rank: int, mode: str, *, worst: float = float("inf")) -> 
     )
 
 
-def layout_question(strategy: str, world: int, twin: Iterable[Shard]) -> LayoutQuestion:
+def layout_question(case: Case, twin: Iterable[Shard]) -> LayoutQuestion:
     """What to ask: the unsharded twin says which parameters there are, in registration order."""
     members = tuple(
         (shard.name, tuple(shard.global_shape), shard.array.dtype.itemsize)
         for shard in twin
         if shard.kind == "parameter" and shard.step == 0
     )
-    return LayoutQuestion(strategy, world, members)
+    return LayoutQuestion(case.strategy, case.world, case.copies, members)
 
 
 def check_layout(shards: Iterable[Shard], layouts: Layouts) -> list[Check]:

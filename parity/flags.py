@@ -72,6 +72,13 @@ FLAGS = {
         ),
         Flag("SumForMean", "sums gradients over ranks", "gradients world times too large", "FSDP's divisor", ("S3",)),
         Flag(
+            "ReplicasSummed",
+            "sums gradients across replicas instead of averaging them",
+            "every step is as many times too long as there are replicas",
+            "hybrid sharding's two reductions (S9)",
+            ("S3", "S9"),
+        ),
+        Flag(
             "MagnitudeGradNotReduced",
             "never reduces the magnitude's gradient across ranks",
             "magnitudes drift apart, or follow one rank's data",

@@ -13,6 +13,8 @@ class LayoutQuestion:
 
     strategy: str
     world: int
+    copies: int
+    """How many ranks hold the same part: those that are a whole number of shards apart (S9)."""
     members: tuple[tuple[str, tuple[int, ...], int], ...]
     """(name, global shape, item size) of each parameter, in registration order."""
 

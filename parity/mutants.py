@@ -38,6 +38,7 @@ PLANS = {
     "Nf4TieUp": Plan("codec and ties", (("packed", "weight"), ("decoded", "weight"))),
     "StorageCast": Plan("stack/one-hot and fsdp2-w3/uneven/nf4-float32/plain", _GRADIENTS),
     "SumForMean": Plan(_ONE_HOT, _GRADIENTS),
+    "ReplicasSummed": Plan("stack/one-hot and hsdp-w4/uneven/float32-float32/plain", _GRADIENTS),
     "MagnitudeGradNotReduced": Plan(_ONE_HOT, (("gradient", "magnitude"),)),
     "ShardSwap": Plan(_ONE_HOT, (*_GRADIENTS, ("parameter", "lora_B"))),
     "ChunkFloor": Plan("stack/one-hot and fsdp2-w3/uneven/float32-float32/plain", (("layout", "lora_B"), *_MATRICES)),

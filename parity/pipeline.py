@@ -134,12 +134,13 @@ class Pipeline:
     ) -> list[Check]:
         shards = [shard for answer in answers for shard in answer.shards]
         predicted = predictions.result() if predictions else {}
+        copies = case.copies if answers[0].units else None  # who declares no units may keep a tensor whole on all ranks
         if case.link != "shards":
-            return compare(shards, from_oracle(case, predicted))
+            return compare(shards, from_oracle(case, predicted), copies=copies)
         twin = self._run_twin(case.unsharded_twin(), implementation)
-        checks = compare(shards, from_twin(case, twin, predicted, units=answers[0].units))
+        checks = compare(shards, from_twin(case, twin, predicted, units=answers[0].units), copies=copies)
         if answers[0].units and case.strategy != UNSHARDED and case.model == "stack":
-            question = layout_question(case.strategy, case.world, twin)
+            question = layout_question(case, twin)
             layouts = self._ahead.submit(partial(self._oracle.layout, question), urgent=True).result()
             checks += check_layout(shards, layouts)
         return checks
@@ -154,10 +155,10 @@ class Pipeline:
         return self._twins[twin, implementation]
 
 
-def compare(shards: list[Shard], expectations: Expectations) -> list[Check]:
-    """Each shard against its slice of the expectation; then that nothing is missing."""
+def compare(shards: list[Shard], expectations: Expectations, *, copies: int | None = None) -> list[Check]:
+    """Each shard against its slice of the expectation; then that nothing is missing, or held too often."""
     checks = [check_shard(shard, expectations[shard.key]) for shard in shards if shard.key in expectations]
-    return [*checks, *missing_elements(shards, expectations), *frozen_gradients(shards)]
+    return [*checks, *missing_elements(shards, expectations, copies=copies), *frozen_gradients(shards)]
 
 
 def limit_seconds(case: Case) -> float:

@@ -24,7 +24,7 @@ _PRECISIONS = (
 
 def stack_cases(tier: str) -> list[Case]:
     """All stacks of a tier: the full one has every shape in every bounded case and more worlds."""
-    cases = [*_unsharded(), *_crosses(), *_lattice(), *_one_hot(), *_bounded(tier), *_start(), *_jax()]
+    cases = [*_unsharded(), *_crosses(), *_lattice(), *_one_hot(), *_replicas(), *_bounded(tier), *_start(), *_jax()]
     if tier == "full":
         cases += list(_one_hot_at(world=8))
     return cases
@@ -39,8 +39,9 @@ def _case(shape: Shape, **fields: Any) -> Case:
     clauses += ["Q4", "Q6", "D6"] if fields.get("base") == "nf4" else []
     clauses += ["T3"] if fields["proof"] not in {"start", "root"} else []
     if fields.get("strategy", UNSHARDED) != UNSHARDED:
-        clauses += SHARDED
+        clauses += SHARDED if fields["strategy"] != "ddp" else ["S3"]
         clauses += ["S2"] if fields["strategy"].startswith("fsdp1") else []
+        clauses += ["S9"] if fields["strategy"] in {"hsdp", "ddp"} else []
         clauses += ["S4"] if fields["strategy"] == "shard-map" else []  # the one form that takes norms locally
         clauses += ["S8"] if fields["strategy"] == "fsdp1-orig" else []  # where reading from outside raises
         clauses += ["S6"] if fields.get("base") == "nf4" else []
@@ -115,6 +116,24 @@ def _one_hot_at(world: int) -> Iterator[Case]:
         yield _case(UNEVEN, compute="bfloat16", param_dtype="bfloat16", **common)
         yield _case(UNEVEN, bias=True, zero_rows=True, **common)
         yield _case(UNEVEN, base="nf4", bias=True, zero_rows=True, **common)
+
+
+def _replicas() -> Iterator[Case]:
+    """S9: two rows of two ranks (hsdp), and whole copies (ddp).
+
+    DDP multiplies each gradient by 1/3, rounded, where the twin divides by 3: at three ranks one-hot is not bitwise.
+    """
+    for (strategy, world), base in product((("hsdp", 4), ("ddp", 2), ("ddp", 3), ("ddp", 4)), ("float32", "nf4")):
+        common = {"link": "shards", "strategy": strategy, "world": world, "base": base}
+        yield _case(UNEVEN, proof="lattice", **common)
+        if (strategy, world) != ("ddp", 3):
+            yield _case(UNEVEN, proof="one-hot", steps=world, **common)
+    for base in ("float32", "nf4"):
+        common = {"link": "shards", "strategy": "hsdp", "world": 4, "base": base}
+        yield _case(THIN, proof="lattice", **common)
+        yield _case(SINGLE_ROW, proof="one-hot", steps=4, **common)
+    for strategy, world in (("hsdp", 4), ("ddp", 3)):
+        yield _case(UNEVEN, link="shards", proof="bound", strategy=strategy, world=world, steps=2)
 
 
 def _bounded(tier: str) -> Iterator[Case]:

@@ -54,7 +54,8 @@ class TorchDora(TorchStack):
     def shard(self, model: nn.Module, case: Case) -> nn.Module:
         """By the public entry point."""
         wire = DTYPES[case.param_dtype] if case.param_dtype else None
-        return shard_model(model, ShardConfig(strategy=case.strategy, param_dtype=wire))
+        size = case.world // case.copies if case.strategy == "hsdp" else None
+        return shard_model(model, ShardConfig(strategy=case.strategy, param_dtype=wire, shard_size=size))
 
     def _run_start(self, case: Case, place: Place) -> Iterator[Shard]:
         """D6: the magnitudes that the layers give themselves."""

@@ -1,4 +1,4 @@
-"""The oracle of layouts: which part of each tensor each rank ought to hold (S1, S2, S7), from shapes alone."""
+"""The oracle of layouts: which part of each tensor each rank ought to hold (S1, S2, S7, S9), from shapes alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ALIGNED_BYTES = 16
 
 
 def predict_layout(question: LayoutQuestion) -> Layouts:
-    """FSDP2 cuts dim 0; FSDP1 cuts each unit's flat parameter. World 1 is not cut at all."""
+    """FSDP2 cuts dim 0; FSDP1 cuts each unit's flat parameter. World 1 is not cut at all, nor are replicas."""
     layouts: Layouts = {}
     for unit in _units(question).values():
         for rank in range(question.world):
@@ -30,14 +30,15 @@ def _units(question: LayoutQuestion) -> dict[str, list]:
 
 
 def _unit_layout(question: LayoutQuestion, unit: list, rank: int) -> list[tuple[str, Index]]:
-    if question.strategy == "fsdp2":
+    size = question.world // question.copies  # the ranks of one row of the mesh, which share one copy
+    if not question.strategy.startswith("fsdp1"):
         return [
-            (name, (rules.fsdp2_row_range(shape[0], world_size=question.world, rank=rank), *_whole(shape[1:])))
+            (name, (rules.fsdp2_row_range(shape[0], world_size=size, rank=rank % size), *_whole(shape[1:])))
             for name, shape, _ in unit
         ]
     alignment = _ALIGNED_BYTES // unit[0][2] if question.strategy == "fsdp1-orig" else None
     members = [(name, shape) for name, shape, _ in unit]
-    layout = rules.flat_layout(members, world_size=question.world, alignment=alignment)
+    layout = rules.flat_layout(members, world_size=size, alignment=alignment)
     return [(name, (part,)) for name, part in layout.shard(rank)]
 
 

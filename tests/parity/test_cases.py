@@ -23,7 +23,6 @@ WITHOUT_CASES = {
     "Q7": "a refusal gives no shard to compare",
     "Q8": "a refusal gives no shard to compare",
     "S5": "torch_impl does not clip yet",
-    "S9": "no strategy shards over a grid yet",
     "S10": "no strategy cuts a layer for tensor parallelism yet",
     "S12": "no case writes a checkpoint yet",
     "T1": "no case accumulates yet",

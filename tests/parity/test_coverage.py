@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from parity.cases import cases_of
 from parity.check import Expected
 from parity.coverage import check_layout, frozen_gradients, layout_question, missing_elements
 from parity.shard import Shard, whole_index
@@ -19,9 +20,10 @@ def rows(start, stop, *, rank=0, kind="gradient", step=1):
     return Shard(name=NAME, kind=kind, step=step, global_shape=(4, 3), index=index, array=array, rank=rank)
 
 
-def missing(*shards, key=KEY):
+def missing(*shards, key=KEY, copies=None):
     """The modes of the checks on what is missing."""
-    return [check.mode for check in missing_elements(shards, {key: Expected(value=WHOLE, mode="bitwise")})]
+    expectations = {key: Expected(value=WHOLE, mode="bitwise")}
+    return [check.mode for check in missing_elements(shards, expectations, copies=copies)]
 
 
 def test_all_rows_are_nothing_missing():
@@ -37,6 +39,24 @@ def test_a_missing_row_is_counted():
 def test_overlap_hides_no_gap():
     """Rows given twice do not stand for those that are not given."""
     assert missing(rows(0, 2), rows(0, 2, rank=1)) == ["coverage: 6 of 12 elements on no rank"]
+
+
+def test_a_row_held_twice_is_counted():
+    """S1: two ranks that hold the same row, and not all rows, have not sharded the tensor."""
+    assert missing(rows(0, 3), rows(2, 4, rank=1)) == ["coverage: 3 of 12 elements on 2 ranks, wanted 1"]
+
+
+def test_whole_copies_are_refused_where_one_is_wanted():
+    """S1: a tensor left whole on both ranks is not sharded."""
+    assert missing(rows(0, 4), rows(0, 4, rank=1), copies=1) == ["coverage: 12 of 12 elements on 2 ranks, wanted 1"]
+
+
+def test_replicas_hold_each_element_as_often():
+    """S9: two rows of two ranks hold every element twice."""
+    held = [rows(0, 2), rows(2, 4, rank=1), rows(0, 2, rank=2), rows(2, 4, rank=3)]
+
+    assert missing(*held, copies=2) == []
+    assert missing(*held[:3], rows(0, 2, rank=3), copies=2) == ["coverage: 12 of 12 elements on 1 or 3 ranks, wanted 2"]
 
 
 def test_another_step_does_not_cover():
@@ -106,4 +126,7 @@ def test_the_question_asks_for_parameters_at_start():
     """Members are the parameters before the first step, with their item size, in the order they came."""
     shards = [rows(0, 4), rows(0, 4, kind="parameter", step=0), rows(0, 4, kind="parameter", step=1)]
 
-    assert layout_question("fsdp2", 2, shards).members == ((NAME, (4, 3), 8),)
+    case = next(case for case in cases_of("quick") if case.strategy == "hsdp")
+
+    assert layout_question(case, shards).copies == 2
+    assert layout_question(case, shards).members == ((NAME, (4, 3), 8),)

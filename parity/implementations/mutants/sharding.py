@@ -1,4 +1,4 @@
-"""Bugs of sharding: S1 to S3, S11, D11. The unsharded twin is right, so link 2 must find them."""
+"""Bugs of sharding: S1 to S3, S9, S11, D11. The unsharded twin is right, so link 2 must find them."""
 
 from __future__ import annotations
 
@@ -39,6 +39,23 @@ class SumForMean(Mutant):
             if isinstance(module, FullyShardedDataParallel):
                 module._gradient_predivide_factor = 1.0  # noqa: SLF001 - the bug is in there
                 module._gradient_postdivide_factor = 1.0  # noqa: SLF001
+        return model
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """`shard` has done it."""
+        return contextlib.nullcontext()
+
+
+class ReplicasSummed(Mutant):
+    """Gradients are averaged within a row of the mesh, and summed across the rows."""
+
+    def shard(self, model: nn.Module, case: Case) -> nn.Module:
+        """Divide by the ranks of one row."""
+        model = super().shard(model, case)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(float(case.world // case.copies))
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no premultiplied sum
         return model
 
     def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
@@ -200,6 +217,7 @@ def _misplacing(case: Case, change: Callable[[LocalShard], LocalShard]) -> conte
 
 SHARDING_MUTANTS = (
     SumForMean,
+    ReplicasSummed,
     OneRankHalved,
     MagnitudeGradNotReduced,
     ShardSwap,
