@@ -61,6 +61,18 @@ def squared_norm(shards: Iterable[LocalShard]) -> float:
     return sum(float(shard.tensor.double().square().sum()) for shard in shards)
 
 
+def gradient_norm(model: nn.Module, *, replicas: int = 1) -> float:
+    """S5: the 2-norm over all shards of all ranks, each once; a collective.
+
+    Args:
+        model: sharded by any strategy, or on one rank.
+        replicas: how many ranks hold each shard (S9).
+    """
+    squared = squared_norm(gradients(model)) / replicas
+    (total,) = reduced((squared,), device=next(model.parameters()).device)
+    return total**0.5
+
+
 @torch.no_grad()
 def clip(model: nn.Module, *, norm: float, limit: float) -> None:
     """T2: scale all gradients by min(1, limit / (norm + 1e-6)); a limit of 0 leaves them."""

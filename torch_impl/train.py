@@ -9,17 +9,16 @@ Clauses: S3, S5, S7, S12, T1 (token-mean loss, accumulation), T2, T3, T5, T6.
 import hashlib
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from torch_impl import checkpoint, optim
+from torch_impl.accumulation import backpropagate
 from torch_impl.adapter_files import save_adapter
 from torch_impl.data import Batch, Dealer, collate, held_out, read_documents, sequences
 from torch_impl.errors import CheckpointError, DataError, OptionError
@@ -213,9 +212,8 @@ def _one_step(run: Run) -> bool:
         schedule=run.options.schedule,
     )
     loss_here = _accumulate(run, batches, total=total)
-    squared = optim.squared_norm(optim.gradients(run.model)) / run.replicas
-    loss, squared = optim.reduced((loss_here, squared), device=run.device)
-    norm = squared**0.5
+    (loss,) = optim.reduced((loss_here,), device=run.device)
+    norm = optim.gradient_norm(run.model, replicas=run.replicas)
     optim.refuse_useless(run.model, step=run.step + 1, loss=loss, norm=norm)
     optim.clip(run.model, norm=norm, limit=run.options.clip_norm)
     for group in run.optimizer.param_groups:
@@ -232,29 +230,14 @@ def _one_step(run: Run) -> bool:
 
 
 def _accumulate(run: Run, batches: list[Batch], *, total: float) -> float:
-    """S3, T1: backpropagate world * sum / N_total of each forward, reduce with the last; this rank's loss."""
-    loss_here = 0.0
-    for number, batch in enumerate(batches, 1):
-        last = number == len(batches)
-        run.phases.detail = f"forward {number} of {len(batches)}"
-        with _synchronised(run.model, when=last):
-            loss = _loss_sum(run, batch) / total
-            run.phases.detail = f"backward {number} of {len(batches)}"
-            (loss * run.dealer.world_size).backward()
-        loss_here += float(loss.detach())
-    return loss_here
-
-
-@contextmanager
-def _synchronised(model: nn.Module, *, when: bool) -> Iterator[None]:
-    """Reduce gradients in this backward, or keep them on the rank (no_sync)."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(when)
-        yield
-        return
-    no_sync = getattr(model, "no_sync", None)
-    with nullcontext() if when or no_sync is None else no_sync():
-        yield
+    """S3, T1: the gradient of all forwards; this rank's loss."""
+    return backpropagate(
+        run.model,
+        [partial(_loss_sum, run, batch) for batch in batches],
+        total=total,
+        world_size=run.dealer.world_size,
+        note=lambda under_way: setattr(run.phases, "detail", under_way),
+    )
 
 
 def _loss_sum(run: Run, batch: Batch) -> torch.Tensor:

@@ -104,6 +104,4 @@ def norm(*, rank: int, world: int, strategy: str) -> tuple[float, float]:
     torch.manual_seed(rank)
     model(torch.randn(4, 66)).sum().backward()
     replicas = world // shard_size(ShardConfig(strategy=strategy), world_size=world)
-    squared = optim.squared_norm(optim.gradients(model)) / replicas
-    (squared,) = optim.reduced((squared,), device=torch.device("cpu"))
-    return squared**0.5, optim.squared_norm(optim.gradients(whole)) ** 0.5
+    return optim.gradient_norm(model, replicas=replicas), optim.squared_norm(optim.gradients(whole)) ** 0.5
