@@ -37,7 +37,6 @@ _UNSUPPORTED = (
     "modules_to_save",
     "layers_to_transform",
     "layer_replication",
-    "lora_dropout",
 )
 
 
@@ -153,7 +152,9 @@ def _layers(model: nn.Module) -> dict[str, DoraLinear]:
 def _peft_config(model: nn.Module) -> dict[str, Any]:
     """What PEFT reads; targets are full names, so that no other model's layers can match by accident."""
     layers = _layers(model)
-    configs = {(c.rank, c.alpha, c.rank_stabilized, c.method) for c in (layer.config for layer in layers.values())}
+    configs = {
+        (c.rank, c.alpha, c.rank_stabilized, c.method, c.dropout) for c in (layer.config for layer in layers.values())
+    }
     if len(configs) != 1:
         raise AdapterFileError(
             f"{len(configs)} adapter configurations in one model", hint="save a model that apply_dora made"
@@ -173,7 +174,7 @@ def _peft_json(config: DoraConfig, layers: Iterable[str], *, base: str | None) -
         "use_rslora": config.rank_stabilized,
         "use_dora": config.method == "dora",
         "target_modules": sorted(layers),
-        "lora_dropout": 0.0,
+        "lora_dropout": config.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -259,8 +260,7 @@ def _read_config(path: Path, **own: Any) -> DoraConfig:
         raise AdapterFileError(f"{path} describes no LoRA or DoRA adapter", hint='it needs "peft_type": "LORA"')
     for key in _UNSUPPORTED:
         if found.get(key):
-            hint = "outside training it changes nothing: set it to 0" if key == "lora_dropout" else "it isn't supported"
-            raise AdapterFileError(f"{path} sets {key} to {found[key]!r}", hint=hint)
+            raise AdapterFileError(f"{path} sets {key} to {found[key]!r}", hint="it isn't supported")
     missing = {"r", "lora_alpha", "target_modules"} - found.keys()
     if missing:
         raise AdapterFileError(f"{path} lacks {', '.join(sorted(missing))}", hint="write it again")
@@ -270,6 +270,7 @@ def _read_config(path: Path, **own: Any) -> DoraConfig:
         target_modules=found["target_modules"],
         rank_stabilized=bool(found.get("use_rslora")),
         method="dora" if found.get("use_dora") else "lora",
+        dropout=found.get("lora_dropout") or 0.0,
         **own,
     )
 

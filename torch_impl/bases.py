@@ -24,6 +24,11 @@ class DenseBase(nn.Module):
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
 
     @property
+    def shape(self) -> torch.Size:
+        """What the whole weight decodes to, before it is sharded."""
+        return self.weight.shape
+
+    @property
     def dtype(self) -> torch.dtype:
         """The weight's dtype."""
         return self.weight.dtype
@@ -53,6 +58,11 @@ class PackedBase(nn.Module):
         self.state_names = tuple(state)
         for name, tensor in state.items():
             self.register_buffer(name, tensor)
+
+    @property
+    def shape(self) -> torch.Size:
+        """What the bytes decode to."""
+        return torch.Size(self.format.shape)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,6 +1,6 @@
 """What a user declares: the adapter (`DoraConfig`), the four-bit storage (`QuantConfig`), the sharding (`ShardConfig`).
 
-Clauses: D1 scaling, D11 dtypes, Q1 and Q3 storage, S6, S7. All three are frozen, and refuse bad values when made.
+Clauses: D1 scaling, D9 dropout, D11 dtypes, Q1 and Q3 storage, S6, S7. All are frozen, and refuse bad values when made.
 """
 
 import math
@@ -60,7 +60,7 @@ class DoraConfig:
         TargetError: `target_modules` is empty.
         DtypeError: `compute_dtype` is none that a layer can multiply in.
         StorageError: `quant` is no name that is known.
-        OptionError: `method` is neither `dora` nor `lora`.
+        OptionError: `method` is neither `dora` nor `lora`, or `dropout` is no probability below 1.
     """
 
     rank: int
@@ -75,6 +75,8 @@ class DoraConfig:
     """Whether s divides by sqrt(r) instead of r (D1)."""
     compute_dtype: torch.dtype | None = None
     """What the layer multiplies in; None is the dtype of the base layer's weight before it was packed."""
+    dropout: float = 0.0
+    """D9, PEFT's `lora_dropout`: the share of the input that the adapter doesn't see while training."""
     method: Method = "dora"
     """`lora` leaves the magnitude out: y = x (W + s B A)' + b, in the same units and under the same names."""
 
@@ -90,6 +92,10 @@ class DoraConfig:
         if self.compute_dtype is not None and self.compute_dtype not in COMPUTE_DTYPES:
             raise DtypeError(
                 f"compute_dtype {self.compute_dtype} is not supported", hint=f"use None or one of {COMPUTE_DTYPES}"
+            )
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise OptionError(
+                f"dropout {self.dropout!r} is no probability below 1", hint="use 0.05, say; 0 drops nothing"
             )
         if isinstance(self.quant, str) and self.quant != "nf4":
             raise StorageError(f"quant {self.quant!r} is unknown", hint='use None, "nf4" or a QuantConfig')

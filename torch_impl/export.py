@@ -128,6 +128,7 @@ def export(options: ExportOptions) -> int:
         target_modules=ALL_LINEAR if targets == ALL_LINEAR else targets.split(","),
         rank_stabilized=made_with["rank_stabilized"],
         method=made_with["method"],
+        dropout=made_with.get("dropout", 0.0),
     )
     tensors = {name: _shaped(name, flat, rank=config.rank) for name, flat in checkpoint.read_adapter(place).items()}
     write_adapter(options.out, tensors, config, base=made_with["model"])

@@ -1,7 +1,7 @@
 """The DoRA layer: a linear over a frozen base, dense or packed, with its closed-form gradients.
 
 Axes: T tokens, O output features, I input features, R adapter rank.
-Clauses: D2, D3, D5 to D8, D11, D12, G, S7, S8.
+Clauses: D2, D3, D5 to D9, D11, D12, G, S7, S8.
 
 With ``c = m / n`` and ``y0 = x W' + s (x A') B'`` the layer is ``y = c * y0 + b``. Under FSDP a rank holds
 ``ceil(R / world)`` rows of A and ``ceil(O / world)`` of B, m and W (fsdp2), or one contiguous range of A, B, m
@@ -28,7 +28,9 @@ from torch.autograd.function import once_differentiable
 from torch_impl.bases import DenseBase, FrozenBias, PackedBase
 from torch_impl.config import DoraConfig
 from torch_impl.errors import MagnitudeRangeError, ShardingError
-from torch_impl.norm import ratio, weight_norm
+from torch_impl.kinds import Rows
+from torch_impl.norm import grouped_weight_norm, ratio, weight_norm
+from torch_impl.rule import Matrix, Operation, Rule, RuleProduct, draw
 from torch_impl.shards import is_sharded
 
 
@@ -133,50 +135,96 @@ class LoraProduct(torch.autograd.Function):
         return None, None, dx, dA_RI, dB_OR, None, None
 
 
-class DoraLinear(nn.Module):
-    """A linear layer y = c * (x W' + s (x A') B') + b whose A, B and m train in float32 (D11).
+class DoraLayer(nn.Module):
+    """A layer of any kind: a frozen base, and A, B, m that train in float32 (D11); what is linear in it is `Rule`'s.
 
     With `DoraConfig(method="lora")` it has no magnitude (`magnitude` is None) and c is 1.
 
     Args:
-        base: the frozen weight, `DenseBase` or `PackedBase`.
+        base: the frozen weight; it decodes to rows, (O, row).
         bias: the frozen bias (O), or None (D8: added after scaling, never scaled).
-        config: rank, scaling and compute dtype (None is the base's dtype); its targets and storage play no part here.
+        config: rank, scaling, dropout and compute dtype (None is the base's); targets and storage play no part here.
+        rows: the weight's rows (D3).
+        down: what the layer does with its input by the rows of W or A; `up` likewise by those of B.
     """
 
-    def __init__(self, base: DenseBase | PackedBase, bias: Tensor | None, config: DoraConfig) -> None:
+    def __init__(
+        self,
+        base: DenseBase | PackedBase,
+        bias: Tensor | None,
+        config: DoraConfig,
+        *,
+        rows: Rows,
+        down: Operation,
+        up: Operation,
+    ) -> None:
         super().__init__()
-        self.out_features, self.in_features = base.format.shape if isinstance(base, PackedBase) else base.weight.shape
         self.config = config
+        self.rows = rows
+        self.down, self.up = down, up
         self.scaling = config.scaling
         self.compute_dtype = config.compute_dtype or base.dtype
         self.base = base
         self.bias = None if bias is None else FrozenBias(bias)
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(config.rank, self.in_features, dtype=torch.float32, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.rank, dtype=torch.float32, device=device))
-        has_magnitude = config.method == "dora"
-        magnitude = torch.empty(self.out_features, dtype=torch.float32, device=device) if has_magnitude else None
-        self.register_parameter("magnitude", None if magnitude is None else nn.Parameter(magnitude))
-        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+        shapes = rows.adapter_shapes(config)
+        for name in ("lora_A", "lora_B", "magnitude"):  # an order that S2's layouts depend on
+            shape = shapes.get(name)
+            value = None if shape is None else torch.zeros(shape, dtype=torch.float32, device=base.weight.device)
+            self.register_parameter(name, None if value is None else nn.Parameter(value))
+        self._draw_factors()
         self.reset_magnitude()
 
-    def forward(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
-        """The layer on x (..., in_features), any floating dtype; y has x's dtype."""
+    @torch.no_grad()
+    def _draw_factors(self) -> None:
+        """D12: A as PEFT draws it, B zero."""
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """The layer on x, any floating dtype; y has x's dtype.
+
+        Args:
+            x: (..., in_features), or what this kind of layer reads.
+            keep: which numbers of x dropout keeps (bool, x's shape). None draws it from torch's default generator while
+                training, and drops nothing in evaluation or at `DoraConfig(dropout=0)`.
+        """
         bias_O = None if self.bias is None else self.bias()
-        return self.base(self._product, x, self.lora_A, self.lora_B, self.magnitude, bias_O)
+        tensors = (x, self.lora_A, self.lora_B, self.magnitude, bias_O)
+        if keep is None and self.training and self.config.dropout > 0:
+            keep = draw(x, rate=self.config.dropout)
+        return self.base(self._product, *tensors) if keep is None else self.base(self._by_rule, *tensors, keep)
 
     def _product(self, base: DenseBase | PackedBase, *tensors: Tensor | None) -> Tensor:
-        """Run by the base, in its forward."""
-        arithmetic = Arithmetic(self.scaling, self.compute_dtype, base.decode)
-        if self.magnitude is None:
-            return LoraProduct.apply(arithmetic, base.weight, *tensors)
-        return DoraProduct.apply(arithmetic, base.weight, *tensors)
+        """Run by the base, in its forward: nothing is dropped."""
+        return self._by_rule(base, *tensors, None)
 
-    def _norm(self, base: DenseBase | PackedBase, A_RI: Tensor, B_OR: Tensor) -> Tensor:
+    def _by_rule(self, base: DenseBase | PackedBase, *tensors: Tensor | None) -> Tensor:
+        """Run by the base, in its forward."""
+        rule = Rule(
+            down=self.down,
+            up=self.up,
+            scaling=self.scaling,
+            compute_dtype=self.compute_dtype,
+            decode=base.decode,
+            norm=self.row_norms,
+            kept_scale=1 / (1 - self.config.dropout),
+        )
+        return RuleProduct.apply(rule, base.weight, *tensors)
+
+    def _by_groups(self, W: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """W (G, O / G, K), A (G, R, K) and B (G, O / G, R) as matrices."""
+        groups, rank = self.rows.groups, self.config.rank
+        return W.reshape(groups, -1, self.rows.length), A.reshape(groups, rank, -1), B.reshape(groups, -1, rank)
+
+    def row_norms(self, W: Tensor, A: Tensor, B: Tensor) -> Float[Tensor, " O"]:
+        """D3: n of W + s B A, group by group."""
+        W_GOK, A_GRK, B_GOR = self._by_groups(W, A, B)
+        if self.rows.groups == 1:
+            return weight_norm(W_GOK[0], A_GRK[0], B_GOR[0], scaling=self.scaling)
+        return grouped_weight_norm(W_GOK, A_GRK, B_GOR, scaling=self.scaling)
+
+    def _norm(self, base: DenseBase | PackedBase, A: Tensor, B: Tensor) -> Tensor:
         """Run by the base, in its forward: n of the present A, B."""
-        W_OI = base.decode(base.weight, dtype=self.compute_dtype)
-        return weight_norm(W_OI, A_RI, B_OR, scaling=self.scaling)
+        return self.row_norms(base.decode(base.weight, dtype=self.compute_dtype), A, B)
 
     @torch.no_grad()
     def reset_magnitude(self) -> None:
@@ -198,21 +246,35 @@ class DoraLinear(nn.Module):
         self.magnitude.copy_(n_O)
 
     @torch.no_grad()
-    def merged_weight(self) -> Float[Tensor, "O I"]:
+    def merged_weight(self) -> Float[Tensor, "O *row"]:
         """D10: c * V by rows, in float32, of the weight the forward multiplies by."""
         return self.base(self._merge, self.lora_A, self.lora_B, self.magnitude)
 
-    def _merge(self, base: DenseBase | PackedBase, A_RI: Tensor, B_OR: Tensor, m_O: Tensor | None) -> Tensor:
+    def _merge(self, base: DenseBase | PackedBase, A: Tensor, B: Tensor, m_O: Tensor | None) -> Tensor:
         """Run by the base, in its forward."""
-        W_OI = base.decode(base.weight, dtype=self.compute_dtype)
-        V_OI = torch.addmm(W_OI.float(), B_OR, A_RI, alpha=self.scaling)
-        if m_O is None:
-            return V_OI
-        return V_OI * ratio(m_O, weight_norm(W_OI, A_RI, B_OR, scaling=self.scaling))[:, None]
+        W = base.decode(base.weight, dtype=self.compute_dtype)
+        W_GOK, A_GRK, B_GOR = self._by_groups(W, A, B)
+        V_OK = torch.baddbmm(W_GOK.float(), B_GOR, A_GRK, alpha=self.scaling).reshape(self.rows.out, -1)
+        merged = V_OK if m_O is None else V_OK * ratio(m_O, self.row_norms(W, A, B))[:, None]
+        return merged.reshape(self.rows.out, *self.rows.row)
 
     def extra_repr(self) -> str:
         """What the constructor was told."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.config.rank}, "
-            f"scaling={self.scaling}, compute_dtype={self.compute_dtype}"
-        )
+        sizes = f"in_features={self.rows.length}, out_features={self.rows.out}, rank={self.config.rank}"
+        return f"{sizes}, scaling={self.scaling}, compute_dtype={self.compute_dtype}"
+
+
+class DoraLinear(DoraLayer):
+    """A linear layer y = c * (x W' + s (x A') B') + b; the arguments are `DoraLayer`'s."""
+
+    def __init__(self, base: DenseBase | PackedBase, bias: Tensor | None, config: DoraConfig) -> None:
+        out, fan_in = base.shape
+        super().__init__(base, bias, config, rows=Rows(out, (fan_in,)), down=Matrix(), up=Matrix())
+        self.out_features, self.in_features = out, fan_in
+
+    def _product(self, base: DenseBase | PackedBase, *tensors: Tensor | None) -> Tensor:
+        """Run by the base, in its forward: nothing is dropped."""
+        arithmetic = Arithmetic(self.scaling, self.compute_dtype, base.decode)
+        if self.magnitude is None:
+            return LoraProduct.apply(arithmetic, base.weight, *tensors)
+        return DoraProduct.apply(arithmetic, base.weight, *tensors)

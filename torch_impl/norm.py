@@ -80,13 +80,11 @@ def _direct_rows(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, *, scaling: float) ->
 
     Products of float32 factors lie between 2^-298 and 2^256; with s in [2^-200, 2^200] their squares stay in range.
     """
-    tiniest = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps
     A64_RI = A_RI.double()
     norms_O = W_OI.new_empty(W_OI.shape[0], dtype=torch.float32)
     for rows in _row_blocks(W_OI):
         V = W_OI[rows].double() + scaling * (B_OR[rows].double() @ A64_RI)
-        exact = torch.linalg.vector_norm(V, dim=1)
-        norms_O[rows] = torch.where(exact > 0, exact.clamp(min=tiniest), exact).float()
+        norms_O[rows] = _rounded(torch.linalg.vector_norm(V, dim=1))
     return norms_O
 
 
@@ -111,6 +109,30 @@ def weight_norm(
     if rows.numel():
         norm_O[rows] = _direct_rows(W_OI[rows], A_RI, B_OR[rows], scaling=scaling)
     return norm_O
+
+
+def grouped_weight_norm(
+    W_GOK: Float[Tensor, "G P K"], A_GRK: Float[Tensor, "G R K"], B_GOR: Float[Tensor, "G P R"], *, scaling: float
+) -> Float[Tensor, " O"]:
+    """D3 for a convolution in groups, each row with its own group's A; in float64, since rows are short there.
+
+    Args:
+        W_GOK: the weight the forward multiplies by, any floating dtype; O / G rows in each group.
+        A_GRK: `lora_A`, float32.
+        B_GOR: `lora_B`, float32.
+        scaling: s of D1.
+
+    Returns:
+        n, float32 (O), 0 exactly where the row of V is 0.
+    """
+    V_GOK = torch.baddbmm(W_GOK.double(), B_GOR.double(), A_GRK.double(), alpha=scaling)
+    return _rounded(torch.linalg.vector_norm(V_GOK, dim=2).flatten())
+
+
+def _rounded(exact_O: Tensor) -> Tensor:
+    """D4: float64 norms in float32, where none but 0 becomes 0."""
+    tiniest = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps
+    return torch.where(exact_O > 0, exact_O.clamp(min=tiniest), exact_O).float()
 
 
 def ratio(m_O: Float[Tensor, " O"], n_O: Float[Tensor, " O"]) -> Float[Tensor, " O"]:

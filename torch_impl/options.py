@@ -42,6 +42,8 @@ class TrainOptions:
     """Numerator of the scaling."""
     rank_stabilized: bool = False
     """Divide alpha by sqrt(r) instead of r."""
+    dropout: float = 0.0
+    """Share of an adapter's input that is dropped while training."""
     target_modules: str = ALL_LINEAR
     """all-linear, or endings of module names separated by commas."""
     dtype: Dtype = "auto"
@@ -122,6 +124,7 @@ class TrainOptions:
             rank_stabilized=self.rank_stabilized,
             compute_dtype=torch_dtype(self.compute_dtype),
             method=self.method,
+            dropout=self.dropout,
         )
 
     @property

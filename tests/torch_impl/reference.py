@@ -36,24 +36,30 @@ def autograd(inputs: Inputs) -> dict[str, Tensor]:
     return {"y": y.detach(), "A": A.grad, "B": B.grad, "m": m.grad, "x": x.grad}
 
 
-def layer_of(inputs: Inputs, *, compute_dtype: torch.dtype | None = None) -> DoraLinear:
+def layer_of(inputs: Inputs, **config: object) -> DoraLinear:
     """A dense layer holding these numbers."""
     rank = inputs.A.shape[0]
-    config = DoraConfig(rank=rank, alpha=inputs.scaling * rank, compute_dtype=compute_dtype)
-    layer = DoraLinear(DenseBase(inputs.W), inputs.b, config)
+    made = DoraConfig(rank=rank, alpha=inputs.scaling * rank, **config)
+    return fill(DoraLinear(DenseBase(inputs.W), inputs.b, made), inputs)
+
+
+def fill(layer: nn.Module, inputs: Inputs) -> nn.Module:
+    """Give a layer of any kind these factors and magnitudes."""
     with torch.no_grad():
         layer.lora_A.copy_(inputs.A)
         layer.lora_B.copy_(inputs.B)
-        layer.magnitude.copy_(inputs.m)
+        if layer.magnitude is not None:
+            layer.magnitude.copy_(inputs.m)
     return layer
 
 
-def run(layer: nn.Module, x: Tensor, G: Tensor) -> dict[str, Tensor]:
-    """Give y and the gradients of a layer, as they come."""
-    x = x.detach().clone().requires_grad_()
-    y = layer(x)
+def run(layer: nn.Module, x: Tensor, G: Tensor, *, keep: Tensor | None = None) -> dict[str, Tensor]:
+    """Give y and the gradients of a layer, as they come; those that there are."""
+    x = x.detach().clone().requires_grad_(x.is_floating_point())
+    y = layer(x) if keep is None else layer(x, keep)
     y.backward(G)
-    grads = {"A": layer.lora_A.grad, "B": layer.lora_B.grad, "m": layer.magnitude.grad, "x": x.grad}
+    leaves = {"A": layer.lora_A, "B": layer.lora_B, "m": layer.magnitude, "x": x}
+    grads = {name: leaf.grad for name, leaf in leaves.items() if leaf is not None and leaf.grad is not None}
     return {"y": y.detach(), **grads}
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from torch_impl import DoraConfig, apply_dora, load_adapter, merge_adapter, save_adapter
-from torch_impl.errors import AdapterFileError, NonFiniteError
+from torch_impl.errors import AdapterFileError, NonFiniteError, OptionError
 
 CASE = Stack(sizes=(24, 17, 6), rank=3)
 
@@ -67,6 +67,15 @@ def test_c1_we_read_what_peft_wrote(tmp_path: Path) -> None:
     got = load_adapter(base_model(), tmp_path)(x).detach()
 
     assert torch.allclose(got, want, rtol=0, atol=float(want.abs().max()) * 2.0**-18)
+
+
+def test_d9_dropout_travels_with_the_adapter(tmp_path: Path) -> None:
+    """What is saved with dropout trains with it when loaded, by peft and by us."""
+    save_adapter(apply_dora(base_model(), DoraConfig(rank=3, alpha=5, dropout=0.25)), tmp_path)
+
+    assert load_adapter(base_model(), tmp_path).layers[0].config.dropout == 0.25
+    theirs = peft.PeftModel.from_pretrained(base_model(), tmp_path, is_trainable=True).base_model.model
+    assert theirs.layers[0].lora_dropout["default"].p == 0.25
 
 
 @pytest.mark.distributed
@@ -140,7 +149,7 @@ BROKEN = {
     "no-weights": (lambda f: (f / "adapter_model.safetensors").unlink(), AdapterFileError, "can't be read"),
     "truncated": (_truncate, AdapterFileError, "can't be read"),
     "other-peft-type": (_configured(peft_type="LOHA"), AdapterFileError, "no LoRA or DoRA adapter"),
-    "dropout": (_configured(lora_dropout=0.1), AdapterFileError, "lora_dropout to 0.1"),
+    "dropout": (_configured(lora_dropout=1.5), OptionError, "dropout 1.5 is no probability"),
     "patterns": (_configured(rank_pattern={"layers.0": 2}), AdapterFileError, "rank_pattern"),
     "other-rank": (_configured(r=2), AdapterFileError, r"is \(3, 24\), the model needs \(2, 24\)"),
     "missing-tensor": (_tensors(lambda t: t.pop(A0)), AdapterFileError, r"lacks 1 tensors: layers\.0\.lora_A"),
