@@ -88,6 +88,7 @@ def joined(place: Seat, *, phase_timeout: float) -> Iterator[Phases]:
         with suppress(RuntimeError):
             if distributed.is_initialized() and sys.exc_info()[0] is None:
                 distributed.destroy_process_group()
+        phases.end_watch()
         recorder.end()
 
 

@@ -65,6 +65,8 @@ class Phases:
     _name: str = "start"
     _since: float = field(default_factory=time.monotonic)
     _main: int = field(default_factory=threading.get_ident)
+    _watchdog: threading.Thread | None = None
+    _over: threading.Event = field(default_factory=threading.Event)
 
     def begin(self, name: str) -> None:
         """Enter a phase; the one before it ends."""
@@ -87,12 +89,18 @@ class Phases:
 
     def watch(self) -> None:
         """Start the watchdog."""
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._watchdog.start()
+
+    def end_watch(self) -> None:
+        """Stop the watchdog, and wait until it is gone: Python ends a thread that is inside the store by aborting."""
+        self._over.set()
+        if self._watchdog is not None:
+            self._watchdog.join(_ANSWER_SECONDS)
 
     def _watch(self) -> None:
-        """Until the process ends: is this phase past its limit, or has another rank's passed?"""
-        while True:
-            time.sleep(_POLL_SECONDS)
+        """Until the run is over: is this phase past its limit, or has another rank's passed?"""
+        while not self._over.wait(_POLL_SECONDS):
             stopping = self.stop_requested_at
             if stopping is not None and time.monotonic() - stopping > GRACE:
                 self._end(f"not stopped {GRACE:.0f} s after SIGTERM")
