@@ -56,6 +56,8 @@ class Case:
     """The dtype that the layer multiplies in."""
     param_dtype: Compute | None = None
     """What FSDP casts the dense base weight to on the wire; None leaves it."""
+    reduce_dtype: Compute | None = None
+    """What FSDP reduces gradients of anything but adapters in (T4); None leaves it."""
     activation: Literal["identity", "relu"] = "identity"
     """What stands between two layers of a stack."""
     bias: bool = False
@@ -71,7 +73,19 @@ class Case:
     zero_b: bool = False
     """Whether B starts at zero (D12)."""
     steps: int = 1
-    """Optimizer steps: SGD with momentum (T3)."""
+    """Optimizer steps (T3)."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """What makes them: SGD with momentum, or AdamW."""
+    accumulate: int = 1
+    """Forwards of a rank for one step, each with its backward (T1); the loss is then the mean over all tokens."""
+    late: bool = False
+    """Whether gradients are reduced once a step, with the last backward (T5)."""
+    clip: float = 0.0
+    """The largest norm that the gradient of a step may have (T2); 0 leaves it."""
+    recompute: bool = False
+    """Whether activations are computed again in the backward pass (T5)."""
+    resume: str = ""
+    """Halfway the run is saved, read into a fresh model, and goes on under this strategy (T6, S12)."""
     blocks: int = 0
     """Decoder blocks of a pretrained network that are kept."""
     clauses: tuple[str, ...] = ()
@@ -86,18 +100,33 @@ class Case:
     @property
     def id(self) -> str:
         """The identifier: the same words in the same order for every case."""
-        features = [
-            name for name in ("bias", "zero_rows", "hard_rows", "ties", "zero_b", "batched") if getattr(self, name)
-        ]
-        if self.activation != "identity":
-            features.append(self.activation)
-        if self.param_dtype:
-            features.append(f"wire-{self.param_dtype}")
         parts = [self.model, self.proof, self.subject, f"{self.strategy}-w{self.world}"]
         parts.append(self.shape_name or f"{self.blocks}-blocks")
         parts.append(f"{self.base}-{self.compute}")
-        parts.append("+".join(features).replace("_", "-") or "plain")
+        parts.append("+".join(self._features()).replace("_", "-") or "plain")
         return "/".join(parts)
+
+    def _features(self) -> list[str]:
+        """The identifier's last part: what departs from the plain case."""
+        flags = ("bias", "zero_rows", "hard_rows", "ties", "zero_b", "batched", "late", "recompute")
+        named = {
+            "": self.activation if self.activation != "identity" else "",
+            "wire-": self.param_dtype,
+            "reduce-": self.reduce_dtype,
+            "by-": self.optimizer if self.optimizer != "sgd" else "",
+            "accumulate-": self.accumulate if self.accumulate > 1 else "",
+            "clip-": f"{self.clip:g}" if self.clip else "",
+            "resume-": self.resume,
+        }
+        return [
+            *(name for name in flags if getattr(self, name)),
+            *(f"{words}{value}" for words, value in named.items() if value),
+        ]
+
+    @property
+    def has_twin(self) -> bool:
+        """Whether its shards are compared with another run of the same implementation, and not with the oracle."""
+        return self.link == "shards" or (self.link == "training" and (self.world > 1 or self.proof == "one-hot"))
 
     @property
     def learning_rate(self) -> float:
@@ -110,9 +139,32 @@ class Case:
         return 0.5
 
     @property
+    def weight_decay(self) -> float:
+        """AdamW's."""
+        return 2.0**-6
+
+    @property
+    def state_kinds(self) -> tuple[str, ...]:
+        """What the optimizer keeps of each parameter."""
+        if self.optimizer == "adamw":
+            return ("optimizer:exp_avg", "optimizer:exp_avg_sq")
+        return ("optimizer:momentum_buffer",)
+
+    @property
+    def resumes_after(self) -> int:
+        """The step after which a resumed case is saved; beyond the last one where it is not."""
+        return self.steps // 2 if self.resume else self.steps
+
+    @property
     def copies(self) -> int:
         """On how many ranks each element lies: 2 rows of a mesh under hsdp (S9), every rank under ddp."""
         return {"hsdp": 2, "ddp": self.world}.get(self.strategy, 1)
+
+    def copies_at(self, step: int) -> int:
+        """The same after a step: a resumed case may go on under another strategy."""
+        if step <= self.resumes_after:
+            return self.copies
+        return dataclasses.replace(self, strategy=self.resume).copies
 
     @property
     def input_world(self) -> int:
@@ -124,20 +176,26 @@ class Case:
         return step % self.input_world if self.proof == "one-hot" else None
 
     def unsharded_twin(self) -> Case:
-        """The same mathematics in one process: what link 2 compares the shards with."""
+        """The same mathematics in one process, in one go: what links 2 and 4 compare the shards with."""
         divisor = self.world if self.proof == "one-hot" else 1
+        undisturbed = {name: DEFAULTS[name] for name in WITHOUT_EFFECT} | {"link": "frameworks", "clauses": ()}
         return dataclasses.replace(
             self,
             strategy=UNSHARDED,
             world=1,
             twin_world=self.twin_world_needed,
             divide_gradients_by=divisor,
-            param_dtype=None,
-            link="frameworks",
-            clauses=(),
+            **undisturbed,
         )
 
     @property
     def twin_world_needed(self) -> int:
         """One-hot batches depend on the world size; all other twins see every token at once."""
         return self.world if self.proof == "one-hot" else 1
+
+
+WITHOUT_EFFECT = ("param_dtype", "reduce_dtype", "accumulate", "late", "recompute", "resume")
+"""Fields that must change no result: the wire's dtypes, which adapters are never cast to, and how a step is made."""
+
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(Case)}
+"""What a field holds where a case says nothing of it."""

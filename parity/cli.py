@@ -41,7 +41,7 @@ class Selection:
     tier: Annotated[str, arg(metavar="{quick,full}")] = "quick"
     """quick: two blocks of the pretrained network; full: all thirty besides, more shapes, world 8."""
     keep: Annotated[str, arg(name="keep", aliases=["-k"], metavar="EXPR")] = ""
-    """Only cases that match: parts of identifiers or clauses, joined by and, or, not, ( )."""
+    """Only cases that match: parts of identifiers, clauses or links, joined by and, or, not, ( )."""
     world: Annotated[str, arg(metavar="N[,N...]")] = ""
     """Only cases of these world sizes."""
     seed: int = 0

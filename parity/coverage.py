@@ -5,7 +5,7 @@ An element lies on one rank, or on as many as there are replicas (S9): who holds
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -16,9 +16,12 @@ from parity.layout import LayoutQuestion, Layouts
 from parity.oracle.prediction import Key
 from parity.shard import Shard, describe_index
 
+HeldBy = Callable[[int], int]
+"""From a step to the number of ranks that hold each element after it."""
 
-def missing_elements(shards: Iterable[Shard], expectations: Expectations, *, copies: int | None = None) -> list[Check]:
-    """A failed check for each tensor that the ranks do not give in full, or not as often as `copies` says.
+
+def missing_elements(shards: Iterable[Shard], expectations: Expectations, held_by: HeldBy | None = None) -> list[Check]:
+    """A failed check for each tensor that the ranks do not give in full, or not as often as `held_by` says.
 
     None leaves open how often: then all elements of a tensor must lie on equally many ranks.
     """
@@ -28,7 +31,7 @@ def missing_elements(shards: Iterable[Shard], expectations: Expectations, *, cop
     for shard in shards:
         if shard.key in held:
             _count(held[shard.key], shard)
-    faults = ((key, _fault(counts, copies)) for key, counts in sorted(held.items()))
+    faults = ((key, _fault(counts, held_by and held_by(key[0]))) for key, counts in sorted(held.items()))
     return [_failure(key, -1, f"coverage: {said}", worst=float(lost)) for key, (lost, said) in faults if lost]
 
 

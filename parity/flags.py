@@ -109,5 +109,33 @@ FLAGS = {
             "FSDP mixed precision",
             ("D11",),
         ),
+        Flag(
+            "AdapterReducedNarrow",
+            "lets the reduction's dtype reach A, B and the magnitude",
+            "gradients are rounded to bfloat16 on their way over the ranks",
+            "FSDP mixed precision",
+            ("D11", "T4"),
+        ),
+        Flag(
+            "MeanOfMeans",
+            "averages the mean losses of micro-batches",
+            "a token of a short part weighs more; accumulation is not one large batch",
+            "transformers#34191",
+            ("S3", "T1"),
+        ),
+        Flag(
+            "GradNormPerShard",
+            "clips each rank's shard by the shard's own norm",
+            "ranks take steps of different lengths",
+            "pytorch#88621",
+            ("S5", "T2"),
+        ),
+        Flag(
+            "OptimizerStateLost",
+            "resumes with a fresh optimizer",
+            "moments begin at zero again: the loss jumps, and the run is another one",
+            "transformers#25849",
+            ("T6",),
+        ),
     )
 }

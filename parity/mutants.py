@@ -23,6 +23,8 @@ _UNSHARDED = "stack/bound/torch_impl/none-w1/uneven/float32-float32/plain"
 _ONE_HOT = "stack/one-hot and w3/uneven/float32-float32/plain"
 _GRADIENTS = (("gradient", "lora_A"), ("gradient", "lora_B"), ("gradient", "magnitude"))
 _MATRICES = _GRADIENTS[:2]
+_TRAINED = ("lora_A", "lora_B", "magnitude")
+_STATES = tuple((f"optimizer:{name}", leaf) for name in ("exp_avg", "exp_avg_sq") for leaf in _TRAINED)
 
 PLANS = {
     "NormNotDetached": Plan(_UNSHARDED, _MATRICES),
@@ -48,6 +50,10 @@ PLANS = {
     "OneRankHalved": Plan(_ONE_HOT, _GRADIENTS),
     "StaleNorm": Plan(_UNSHARDED, _GRADIENTS),
     "AdapterCastOnWire": Plan(_ONE_HOT, _GRADIENTS),
+    "AdapterReducedNarrow": Plan("stack/one-hot and fsdp2-w2 and reduce-bfloat16", _GRADIENTS),
+    "MeanOfMeans": Plan("training and accumulate-3 and (w2 or w3) and float32-float32", _GRADIENTS),
+    "GradNormPerShard": Plan("training and fsdp2-w3/uneven/float32-float32/clip-0.5", _GRADIENTS),
+    "OptimizerStateLost": Plan("training and fsdp2-w3/uneven/float32-float32/by-adamw+resume-fsdp2", _STATES),
 }
 
 CONTROLS = ("NormNotDetached", "SumForMean", "MagnitudeGradNotReduced", "NibbleSwap", "OneRankHalved", "StaleNorm")

@@ -18,7 +18,7 @@ from typing import Self
 from parity.ahead import Ahead
 from parity.case import UNSHARDED, Case
 from parity.check import Check, check_shard
-from parity.coverage import check_layout, frozen_gradients, layout_question, missing_elements
+from parity.coverage import HeldBy, check_layout, frozen_gradients, layout_question, missing_elements
 from parity.errors import CaseFailed
 from parity.expectation import Expectations, from_oracle, from_twin
 from parity.implementations.registry import JAX_IMPLEMENTATIONS
@@ -74,7 +74,7 @@ class Pipeline:
             predictions = self._ahead.submit(ask)
         if implementation in JAX_IMPLEMENTATIONS:
             self._ask_jax(Job(case, implementation))
-            if case.link == "shards":
+            if case.has_twin:
                 self._ask_jax(Job(case.unsharded_twin(), implementation))
         return predictions
 
@@ -134,11 +134,11 @@ class Pipeline:
     ) -> list[Check]:
         shards = [shard for answer in answers for shard in answer.shards]
         predicted = predictions.result() if predictions else {}
-        copies = case.copies if answers[0].units else None  # who declares no units may keep a tensor whole on all ranks
-        if case.link != "shards":
-            return compare(shards, from_oracle(case, predicted), copies=copies)
+        held_by = case.copies_at if answers[0].units else None  # who declares no units may leave a tensor whole
+        if not case.has_twin:
+            return compare(shards, from_oracle(case, predicted), held_by)
         twin = self._run_twin(case.unsharded_twin(), implementation)
-        checks = compare(shards, from_twin(case, twin, predicted, units=answers[0].units), copies=copies)
+        checks = compare(shards, from_twin(case, twin, predicted, units=answers[0].units), held_by)
         if answers[0].units and case.strategy != UNSHARDED and case.model == "stack":
             question = layout_question(case, twin)
             layouts = self._ahead.submit(partial(self._oracle.layout, question), urgent=True).result()
@@ -155,10 +155,10 @@ class Pipeline:
         return self._twins[twin, implementation]
 
 
-def compare(shards: list[Shard], expectations: Expectations, *, copies: int | None = None) -> list[Check]:
+def compare(shards: list[Shard], expectations: Expectations, held_by: HeldBy | None = None) -> list[Check]:
     """Each shard against its slice of the expectation; then that nothing is missing, or held too often."""
     checks = [check_shard(shard, expectations[shard.key]) for shard in shards if shard.key in expectations]
-    return [*checks, *missing_elements(shards, expectations, copies=copies), *frozen_gradients(shards)]
+    return [*checks, *missing_elements(shards, expectations, held_by), *frozen_gradients(shards)]
 
 
 def limit_seconds(case: Case) -> float:

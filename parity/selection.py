@@ -1,4 +1,4 @@
-"""`-k EXPR`: which cases are meant. Words match a part of the identifier or a whole clause; and, or, not, ( )."""
+"""`-k EXPR`: which cases are meant. Words match a part of the identifier, a whole clause, or a link."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _single(tokens: list[str], text: str) -> tuple[Predicate, list[str]]:
 
 
 def _word(word: str) -> Predicate:
-    return lambda case: word in case.clauses or word in case.id
+    return lambda case: word in case.clauses or word in case.id or word == case.link
 
 
 def _any_of(left: Predicate, right: Predicate) -> Predicate:

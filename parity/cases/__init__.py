@@ -9,6 +9,7 @@ from parity.cases.algebra import algebra_cases
 from parity.cases.codec import codec_cases
 from parity.cases.pretrained import pretrained_cases
 from parity.cases.stacks import stack_cases
+from parity.cases.training import training_cases
 
 Tier = Literal["quick", "full"]
 TIERS: tuple[Tier, ...] = ("quick", "full")
@@ -20,7 +21,7 @@ def cases_of(tier: Tier) -> list[Case]:
     First stacks, then networks; one-hot cases before the others, since they keep the ranks busy while the oracle,
     which they do not need, works ahead; small worlds before large ones.
     """
-    cases = [*algebra_cases(), *codec_cases(), *stack_cases(tier), *pretrained_cases(tier)]
+    cases = [*algebra_cases(), *codec_cases(), *stack_cases(tier), *training_cases(tier), *pretrained_cases(tier)]
     return sorted(
         cases, key=lambda case: (case.model == "pretrained", case.blocks, case.proof != "one-hot", case.world)
     )

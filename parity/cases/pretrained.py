@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any
 
 from parity.case import UNSHARDED, Case
-from parity.cases.stacks import LAYER, SHARDED
+from parity.cases.declared import LAYER, SHARDED
 
 _STRATEGIES = ("fsdp1", "fsdp1-orig", "fsdp2")
 _WORLD = 2

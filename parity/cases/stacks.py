@@ -7,11 +7,10 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from parity.case import UNSHARDED, Case
-from parity.cases.shapes import DENSE_LATTICE_SCALING, ODD, PADDED, SHAPES, SINGLE_ROW, THIN, UNEVEN, Shape
+from parity.case import Case
+from parity.cases.declared import LAYER, stack_case
+from parity.cases.shapes import ODD, PADDED, SHAPES, SINGLE_ROW, THIN, UNEVEN, Shape
 
-LAYER = ("D1", "D2", "D3", "D5", "D11", "G1")
-SHARDED = ("S1", "S3", "S7", "S11")
 _STRATEGIES = ("fsdp1", "fsdp1-orig", "fsdp2")
 _PRECISIONS = (
     ("float32", "float32"),
@@ -30,38 +29,16 @@ def stack_cases(tier: str) -> list[Case]:
     return cases
 
 
-def _case(shape: Shape, **fields: Any) -> Case:
-    """A stack, and the clauses that its features add."""
-    clauses = list(LAYER)
-    clauses += ["D7"] if fields.get("zero_rows") else []
-    clauses += ["D8"] if fields.get("bias") else []
-    clauses += ["D12"] if fields.get("zero_b") else []
-    clauses += ["Q4", "Q6", "D6"] if fields.get("base") == "nf4" else []
-    clauses += ["T3"] if fields["proof"] not in {"start", "root"} else []
-    if fields.get("strategy", UNSHARDED) != UNSHARDED:
-        clauses += SHARDED if fields["strategy"] != "ddp" else ["S3"]
-        clauses += ["S2"] if fields["strategy"].startswith("fsdp1") else []
-        clauses += ["S9"] if fields["strategy"] in {"hsdp", "ddp"} else []
-        clauses += ["S4"] if fields["strategy"] == "shard-map" else []  # the one form that takes norms locally
-        clauses += ["S8"] if fields["strategy"] == "fsdp1-orig" else []  # where reading from outside raises
-        clauses += ["S6"] if fields.get("base") == "nf4" else []
-    scaling = shape.scaling
-    if fields["proof"] in {"lattice", "root"}:
-        scaling = shape.packed_lattice_scaling if fields.get("base") == "nf4" else DENSE_LATTICE_SCALING
-    fields = {"rank": shape.rank, "alpha": scaling * shape.rank, **fields}
-    return Case(model="stack", layers=shape.layers, shape_name=shape.name, clauses=tuple(clauses), **fields)
-
-
 def _unsharded() -> Iterator[Case]:
     """Link 3: unsharded torch against the oracle, bitwise on lattices and bounded on Gaussian layers."""
     for shape, base in product(SHAPES, ("float32", "nf4")):
-        yield _case(shape, link="frameworks", proof="lattice", base=base)
-    yield from (_case(UNEVEN, link="frameworks", proof="lattice", **features) for features in _FEATURES)
+        yield stack_case(shape, link="frameworks", proof="lattice", base=base)
+    yield from (stack_case(UNEVEN, link="frameworks", proof="lattice", **features) for features in _FEATURES)
     for shape, (base, compute) in product(SHAPES, _PRECISIONS):
-        yield _case(shape, link="frameworks", proof="bound", base=base, compute=compute, steps=2)
+        yield stack_case(shape, link="frameworks", proof="bound", base=base, compute=compute, steps=2)
     for features in _FEATURES:
         if features.get("activation") != "relu":
-            yield _case(UNEVEN, link="frameworks", proof="bound", steps=2, **features)
+            yield stack_case(UNEVEN, link="frameworks", proof="bound", steps=2, **features)
 
 
 _FEATURES: tuple[dict[str, Any], ...] = (
@@ -76,16 +53,16 @@ def _crosses() -> Iterator[Case]:
     """What the grid above leaves out: odd counts, sequences, a bias in bfloat16, rows that are hard for a norm."""
     common = {"link": "frameworks", "proof": "bound", "steps": 2}
     for base, compute in _PRECISIONS:
-        yield _case(ODD, base=base, compute=compute, **common)
-        yield _case(UNEVEN, base=base, compute=compute, bias=True, batched=True, **common)
-    yield _case(UNEVEN, base="nf4", zero_rows=True, **common)
-    yield _case(UNEVEN, base="nf4", zero_b=True, **common)
+        yield stack_case(ODD, base=base, compute=compute, **common)
+        yield stack_case(UNEVEN, base=base, compute=compute, bias=True, batched=True, **common)
+    yield stack_case(UNEVEN, base="nf4", zero_rows=True, **common)
+    yield stack_case(UNEVEN, base="nf4", zero_b=True, **common)
     for strategy, base in product(_STRATEGIES, ("float32", "nf4")):
         one_hot = {"proof": "one-hot", "strategy": strategy, "world": 3, "steps": 3}
-        yield _case(ODD, link="shards", base=base, **one_hot)
+        yield stack_case(ODD, link="shards", base=base, **one_hot)
     hard = replace(UNEVEN, name="uneven-last", layers=UNEVEN.layers[1:])  # one layer: huge rows would drown a second
     for proof, steps in (("start", 0), ("bound", 1)):
-        yield _with_clauses(_case(hard, link="frameworks", proof=proof, steps=steps, hard_rows=True), "D4", "D13")
+        yield _with_clauses(stack_case(hard, link="frameworks", proof=proof, steps=steps, hard_rows=True), "D4", "D13")
 
 
 def _with_clauses(case: Case, *clauses: str) -> Case:
@@ -95,9 +72,9 @@ def _with_clauses(case: Case, *clauses: str) -> Case:
 def _lattice() -> Iterator[Case]:
     """Link 2, bitwise at every world and under every strategy: the first gradient and the first update."""
     for shape, strategy, world, base in product(SHAPES, _STRATEGIES, (1, 2, 3, 4), ("float32", "nf4")):
-        yield _case(shape, link="shards", proof="lattice", strategy=strategy, world=world, base=base)
+        yield stack_case(shape, link="shards", proof="lattice", strategy=strategy, world=world, base=base)
     for features, strategy, world in product(_FEATURES, _STRATEGIES, (2, 3)):
-        yield _case(UNEVEN, link="shards", proof="lattice", strategy=strategy, world=world, **features)
+        yield stack_case(UNEVEN, link="shards", proof="lattice", strategy=strategy, world=world, **features)
 
 
 def _one_hot() -> Iterator[Case]:
@@ -110,12 +87,12 @@ def _one_hot_at(world: int) -> Iterator[Case]:
     for strategy in _STRATEGIES:
         common = {"link": "shards", "proof": "one-hot", "strategy": strategy, "world": world, "steps": max(2, world)}
         for shape, (base, compute) in product((UNEVEN, PADDED), _PRECISIONS):
-            yield _case(shape, base=base, compute=compute, **common)
+            yield stack_case(shape, base=base, compute=compute, **common)
         for shape, base in product((THIN, SINGLE_ROW), ("float32", "nf4")):
-            yield _case(shape, base=base, **common)
-        yield _case(UNEVEN, compute="bfloat16", param_dtype="bfloat16", **common)
-        yield _case(UNEVEN, bias=True, zero_rows=True, **common)
-        yield _case(UNEVEN, base="nf4", bias=True, zero_rows=True, **common)
+            yield stack_case(shape, base=base, **common)
+        yield stack_case(UNEVEN, compute="bfloat16", param_dtype="bfloat16", **common)
+        yield stack_case(UNEVEN, bias=True, zero_rows=True, **common)
+        yield stack_case(UNEVEN, base="nf4", bias=True, zero_rows=True, **common)
 
 
 def _replicas() -> Iterator[Case]:
@@ -125,15 +102,15 @@ def _replicas() -> Iterator[Case]:
     """
     for (strategy, world), base in product((("hsdp", 4), ("ddp", 2), ("ddp", 3), ("ddp", 4)), ("float32", "nf4")):
         common = {"link": "shards", "strategy": strategy, "world": world, "base": base}
-        yield _case(UNEVEN, proof="lattice", **common)
+        yield stack_case(UNEVEN, proof="lattice", **common)
         if (strategy, world) != ("ddp", 3):
-            yield _case(UNEVEN, proof="one-hot", steps=world, **common)
+            yield stack_case(UNEVEN, proof="one-hot", steps=world, **common)
     for base in ("float32", "nf4"):
         common = {"link": "shards", "strategy": "hsdp", "world": 4, "base": base}
-        yield _case(THIN, proof="lattice", **common)
-        yield _case(SINGLE_ROW, proof="one-hot", steps=4, **common)
+        yield stack_case(THIN, proof="lattice", **common)
+        yield stack_case(SINGLE_ROW, proof="one-hot", steps=4, **common)
     for strategy, world in (("hsdp", 4), ("ddp", 3)):
-        yield _case(UNEVEN, link="shards", proof="bound", strategy=strategy, world=world, steps=2)
+        yield stack_case(UNEVEN, link="shards", proof="bound", strategy=strategy, world=world, steps=2)
 
 
 def _bounded(tier: str) -> Iterator[Case]:
@@ -141,7 +118,7 @@ def _bounded(tier: str) -> Iterator[Case]:
     shapes = SHAPES if tier == "full" else (UNEVEN, THIN)
     worlds = (2, 3, 4, 8) if tier == "full" else (2, 4)
     for shape, strategy, world, base in product(shapes, _STRATEGIES, worlds, ("float32", "nf4")):
-        yield _case(shape, link="shards", proof="bound", strategy=strategy, world=world, base=base, steps=2)
+        yield stack_case(shape, link="shards", proof="bound", strategy=strategy, world=world, base=base, steps=2)
 
 
 def _start() -> Iterator[Case]:
@@ -155,7 +132,7 @@ def _start() -> Iterator[Case]:
 
 
 def _start_case(shape: Shape, **fields: Any) -> Case:
-    case = _case(shape, steps=0, **{"proof": "start", **fields})
+    case = stack_case(shape, steps=0, **{"proof": "start", **fields})
     only = ["D1", "D2", "D3", "D6", "D11", *(["D4", "D13"] if case.proof == "root" else [])]
     return replace(case, clauses=(*only, *(c for c in case.clauses if c not in {*LAYER, *only})))
 
@@ -164,6 +141,6 @@ def _jax() -> Iterator[Case]:
     """The same sharding written out in JAX, on virtual devices."""
     for shape, world, base in product((UNEVEN, THIN), (1, 2, 3, 4), ("float32", "nf4")):
         common = {"link": "shards", "subject": "jax", "strategy": "shard-map", "world": world, "base": base}
-        yield _case(shape, proof="lattice", **common)
+        yield stack_case(shape, proof="lattice", **common)
     for shape, world in product((UNEVEN, THIN), (2, 4)):
-        yield _case(shape, proof="bound", link="shards", subject="jax", strategy="shard-map", world=world, steps=2)
+        yield stack_case(shape, proof="bound", link="shards", subject="jax", strategy="shard-map", world=world, steps=2)

@@ -23,6 +23,7 @@ class TorchDora(TorchStack):
     strategies = TORCH_STRATEGIES
     bases = ("float32", "bfloat16", "nf4")
     computes = ("float32", "bfloat16")
+    links = (*TorchStack.links, "training")
     units = "layer"
 
     def refuses(self, case: Case) -> str | None:
@@ -53,9 +54,10 @@ class TorchDora(TorchStack):
 
     def shard(self, model: nn.Module, case: Case) -> nn.Module:
         """By the public entry point."""
-        wire = DTYPES[case.param_dtype] if case.param_dtype else None
+        wire, reduced = (DTYPES.get(name or "") for name in (case.param_dtype, case.reduce_dtype))
         size = case.world // case.copies if case.strategy == "hsdp" else None
-        return shard_model(model, ShardConfig(strategy=case.strategy, param_dtype=wire, shard_size=size))
+        config = ShardConfig(strategy=case.strategy, param_dtype=wire, reduce_dtype=reduced, shard_size=size)
+        return shard_model(model, config)
 
     def _run_start(self, case: Case, place: Place) -> Iterator[Shard]:
         """D6: the magnitudes that the layers give themselves."""
@@ -73,7 +75,7 @@ class TorchDora(TorchStack):
         if case.strategy in self.strategies[1:]:
             model = self.shard(model, case)
         losses = network_losses(model, case, place)
-        yield from train(model, case, lambda step: losses[step]())
+        yield from train(lambda _: model, case, lambda _, step: [losses[step]])
 
 
 def dora_config(case: Case) -> DoraConfig:

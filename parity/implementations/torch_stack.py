@@ -1,20 +1,23 @@
-"""The loop that every torch implementation of a stack shares: build, shard, and step with SGD-momentum.
+"""The loop that every torch implementation of a stack shares: build, shard, and step.
 
 A third party subclasses `TorchStack` and gives `layer`; it overrides `shard` where it shards in its own way.
-The loop gives the gradients after each backward pass, and parameters and momenta after each step.
+The loop gives the gradients of each step, and parameters and the optimizer's state after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import ml_dtypes
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from parity.case import UNSHARDED, Case
-from parity.inputs import batches, stack_inputs
+from parity.implementations.torch_training import backward, clip_gradients, optimizer_for, recomputed, resumed
+from parity.inputs import parts, stack_inputs
 from parity.ranks import Place
 from parity.shard import Shard
 from torch_impl import local_shards
@@ -25,6 +28,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 class Stack(nn.Module):
     """Linear layers named `layers.0`, `layers.1`, with an activation between."""
 
+    recompute = False
+    """Whether each layer's forward is run again in the backward pass (T5)."""
+
     def __init__(self, layers: list[nn.Module], activation: str) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
@@ -33,7 +39,8 @@ class Stack(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x (tokens, in)` to `(tokens, out)`."""
         for position, layer in enumerate(self.layers):
-            x = layer(self.activation(x) if position else x)
+            x = self.activation(x) if position else x
+            x = recomputed(layer, x, use_reentrant=False) if self.recompute else layer(x)
         return x
 
 
@@ -43,6 +50,8 @@ class TorchStack:
     strategies: tuple[str, ...] = (UNSHARDED,)
     bases: tuple[str, ...] = ("float32",)
     computes: tuple[str, ...] = ("float32",)
+    links: tuple[str, ...] = ("algebra", "shards", "frameworks")
+    """Add `training` where the loop's way to accumulate, clip, save and load is what you want to put to the proof."""
 
     def layer(self, case: Case, arrays: dict[str, torch.Tensor]) -> nn.Module:
         """One layer from `weight`, `lora_A`, `lora_B`, `magnitude` and, in some cases, `bias`."""
@@ -56,6 +65,7 @@ class TorchStack:
         """By what the class attributes declare."""
         for what, value, known in (
             ("model", case.model, ("stack",)),
+            ("link", case.link, self.links),
             ("proof", case.proof, ("lattice", "one-hot", "bound")),
             ("strategy", case.strategy, self.strategies),
             ("base", case.base, self.bases),
@@ -77,12 +87,27 @@ class TorchStack:
 
     def run(self, case: Case, place: Place) -> Iterator[Shard]:
         """Build, shard, train; give this rank's shards at every step."""
-        model = self.build(case, place.device)
-        if case.strategy != UNSHARDED:
-            model = self.shard(model, case)
         dtype = DTYPES[case.compute]
-        data = [[_shaped(part, case).to(place.device, dtype) for part in batch] for batch in batches(case, place.rank)]
-        yield from train(model, case, lambda step: (model(data[step][0]) * data[step][1]).sum())
+        data = [
+            [tuple(_shaped(part, case).to(place.device, dtype) for part in batch) for batch in forwards]
+            for forwards in parts(case, place.rank)
+        ]
+
+        def made(strategy: str) -> nn.Module:
+            model = self.build(case, place.device)
+            if isinstance(model, Stack):
+                model.recompute = case.recompute
+            return model if strategy == UNSHARDED else self.shard(model, dataclasses.replace(case, strategy=strategy))
+
+        def losses(model: nn.Module, step: int) -> list[Callable[[], Tensor]]:
+            return [partial(_loss_sum, model, x, G) for x, G in data[step]]
+
+        yield from train(made, case, losses)
+
+
+def _loss_sum(model: nn.Module, x: Tensor, G: Tensor) -> Tensor:
+    """`sum(G * y)`."""
+    return (model(x) * G).sum()
 
 
 def _shaped(tokens: np.ndarray, case: Case) -> torch.Tensor:
@@ -91,19 +116,27 @@ def _shaped(tokens: np.ndarray, case: Case) -> torch.Tensor:
     return tensor.reshape(2, -1, tensor.shape[1]) if case.batched else tensor
 
 
-def train(model: nn.Module, case: Case, loss_of_step) -> Iterator[Shard]:  # noqa: ANN001 - a callable from step to scalar
-    """SGD with momentum, giving shards: gradients, parameters and momenta by step; frozen weights before and after."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trainable, lr=case.learning_rate, momentum=case.momentum)
+def train(
+    made: Callable[[str], nn.Module], case: Case, losses: Callable[[nn.Module, int], list[Callable[[], Tensor]]]
+) -> Iterator[Shard]:
+    """Step, giving shards: gradients, parameters and the optimizer's state by step; frozen weights before and after.
+
+    `made` gives a fresh model under a strategy, `losses` what computes the sums of a step's forwards.
+    """
+    model = made(case.strategy)
+    optimizer = optimizer_for(model, case)
     yield from shards_now(model, 0, ("parameter",), frozen=True)
     for step in range(1, case.steps + 1):
         optimizer.zero_grad(set_to_none=True)
-        loss_of_step(step - 1).backward()
+        backward(model, case, losses(model, step - 1))
         settle_gradients(model, case)
+        clip_gradients(model, case)
         yield from shards_now(model, step, ("gradient",), frozen=True)  # a frozen tensor must have none
         optimizer.step()
         last = step == case.steps and case.model == "stack"  # a network's are large, and are shown to have no gradient
-        yield from shards_now(model, step, ("parameter", "optimizer:momentum_buffer"), optimizer, frozen=last)
+        yield from shards_now(model, step, ("parameter", *case.state_kinds), optimizer, frozen=last)
+        if step == case.resumes_after < case.steps:
+            model, optimizer = resumed(model, optimizer, case, partial(made, case.resume))
 
 
 def shards_now(

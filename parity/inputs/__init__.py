@@ -52,3 +52,18 @@ def batches(case: Case, rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
         weight = float(case.input_world) if hot is None else float(hot == rank or case.twin_world > 0)
         steps.append((arrays["x"][mine], arrays["G"][mine] * np.float32(weight)))
     return steps
+
+
+def parts(case: Case, rank: int) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    """What one rank sees in each forward of each step, unequal parts of its tokens.
+
+    Where a step has several, the loss is the mean over the tokens of all ranks (T1): their number, a power of two, is
+    put into the cotangent, so that the mean is the same number as the sum of a step in one go.
+    """
+    if case.accumulate == 1:
+        return [[batch] for batch in batches(case, rank)]
+    arrays = stack_inputs(case)
+    mine = deal_tokens(case.tokens, case.input_world)[rank]
+    x, G = arrays["x"][mine], arrays["G"][mine] * np.float32(case.tokens)
+    forwards = [(x[part], G[part]) for part in deal_tokens(len(x), case.accumulate)]
+    return [forwards] * case.steps

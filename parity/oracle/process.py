@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parity.case import Case
+from parity.case import DEFAULTS, WITHOUT_EFFECT, Case
 from parity.layout import LayoutQuestion, Layouts
 from parity.oracle.prediction import Predictions
 from parity.processes import Seat, Workers
@@ -69,7 +69,8 @@ class Oracle:
 def mathematics(case: Case) -> Case:
     """The case less what its answer cannot depend on; a subject is kept where its route has a bound of its own."""
     subject = case.subject if case.subject in {"peft", "differences"} else "torch_impl"
-    return dataclasses.replace(case, strategy="none", subject=subject, link="frameworks", clauses=(), param_dtype=None)
+    plain = {name: DEFAULTS[name] for name in WITHOUT_EFFECT}
+    return dataclasses.replace(case, strategy="none", subject=subject, link="frameworks", clauses=(), **plain)
 
 
 @life

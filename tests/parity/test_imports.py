@@ -1,4 +1,4 @@
-"""Who may load a framework: the oracle, the ranks and the implementations; nobody else, in no function either."""
+"""Who may load a framework: oracle, ranks, implementations and what measures them; nobody else, in no function."""
 
 import ast
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 ROOM = Path(str(files("parity")))
 FRAMEWORKS = {"torch", "jax", "jaxlib", "flax", "optax", "bitsandbytes", "transformers", "peft", "ref", "torch_impl"}
 """The frameworks, and the rooms that load them."""
-MAY_LOAD = ("oracle", "implementations", "ranks.py")
+MAY_LOAD = ("oracle", "implementations", "ranks.py", "bench")
 CORE = sorted(
     str(path.relative_to(ROOM)) for path in ROOM.rglob("*.py") if path.relative_to(ROOM).parts[0] not in MAY_LOAD
 )

@@ -6,9 +6,10 @@ from parity.implementations.mutants.base import Mutant
 from parity.implementations.mutants.layer import LAYER_MUTANTS
 from parity.implementations.mutants.sharding import SHARDING_MUTANTS
 from parity.implementations.mutants.storage import STORAGE_MUTANTS
+from parity.implementations.mutants.training import TRAINING_MUTANTS
 
 MUTANTS: dict[str, type[Mutant]] = {
-    mutant.__name__: mutant for mutant in (*LAYER_MUTANTS, *STORAGE_MUTANTS, *SHARDING_MUTANTS)
+    mutant.__name__: mutant for mutant in (*LAYER_MUTANTS, *STORAGE_MUTANTS, *SHARDING_MUTANTS, *TRAINING_MUTANTS)
 }
 
 __all__ = ["MUTANTS", "Mutant"]

@@ -1,0 +1,51 @@
+"""What declares a stack, and the clauses that follow from what it declares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from parity.case import UNSHARDED, Case
+from parity.cases.shapes import DENSE_LATTICE_SCALING, Shape
+
+LAYER = ("D1", "D2", "D3", "D5", "D11", "G1")
+"""Every DoRA layer's."""
+SHARDED = ("S1", "S3", "S7", "S11")
+"""Every sharded one's."""
+
+
+def stack_case(shape: Shape, **fields: Any) -> Case:
+    """A stack, and the clauses that its features add."""
+    clauses = list(LAYER)
+    clauses += ["D7"] if fields.get("zero_rows") else []
+    clauses += ["D8"] if fields.get("bias") else []
+    clauses += ["D12"] if fields.get("zero_b") else []
+    clauses += ["Q4", "Q6", "D6"] if fields.get("base") == "nf4" else []
+    clauses += ["T3"] if fields["proof"] not in {"start", "root"} else []
+    clauses += _training_clauses(fields)
+    if fields.get("strategy", UNSHARDED) != UNSHARDED:
+        clauses += SHARDED if fields["strategy"] != "ddp" else ["S3"]
+        clauses += ["S2"] if fields["strategy"].startswith("fsdp1") else []
+        clauses += ["S9"] if fields["strategy"] in {"hsdp", "ddp"} else []
+        clauses += ["S4"] if fields["strategy"] == "shard-map" else []  # the one form that takes norms locally
+        clauses += ["S8"] if fields["strategy"] == "fsdp1-orig" else []  # where reading from outside raises
+        clauses += ["S6"] if fields.get("base") == "nf4" else []
+    scaling = shape.scaling
+    if fields["proof"] in {"lattice", "root"}:
+        scaling = shape.packed_lattice_scaling if fields.get("base") == "nf4" else DENSE_LATTICE_SCALING
+    fields = {"rank": shape.rank, "alpha": scaling * shape.rank, **fields}
+    return Case(model="stack", layers=shape.layers, shape_name=shape.name, clauses=tuple(clauses), **fields)
+
+
+def _training_clauses(fields: dict[str, Any]) -> list[str]:
+    """What the ways to make a step add (link 4)."""
+    resume = fields.get("resume", "")
+    added = {
+        "T1": "accumulate" in fields,
+        "T2": "clip" in fields,
+        "S5": "clip" in fields,
+        "T4": "optimizer" in fields or "reduce_dtype" in fields,
+        "T5": fields.get("late") or fields.get("recompute"),
+        "T6": resume,
+        "S12": resume and resume != fields.get("strategy", UNSHARDED),
+    }
+    return [clause for clause, is_added in added.items() if is_added]

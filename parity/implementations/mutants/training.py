@@ -1,0 +1,75 @@
+"""Bugs of the step and of checkpoints: S5, T1, T4, T6. Each run in one go is right, so link 4 must find them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from parity.case import Case
+from parity.implementations import torch_training
+from parity.implementations.mutants.base import Mutant
+from parity.ranks import Place
+from torch_impl import accumulation, checkpoint, layers, optim, sharding
+
+
+class MeanOfMeans(Mutant):
+    """Each forward's loss is the mean over its own tokens; forwards and ranks are averaged."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Weigh each forward's sum so that its division by all tokens comes out as one by its own."""
+        right = accumulation.backpropagate
+
+        def averaging(model: nn.Module, sums: Sequence[partial[Tensor]], *, total: float, **options: object) -> float:
+            weights = [total / (case.world * len(sums) * len(part.args[-1])) for part in sums]
+            pairs = zip(sums, weights, strict=True)
+            weighted = [lambda part=part, weight=weight: weight * part() for part, weight in pairs]
+            return right(model, weighted, total=total, **options)
+
+        return mock.patch.object(torch_training, "backpropagate", averaging)
+
+
+class GradNormPerShard(Mutant):
+    """Each rank clips by the norm of its own shards."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Add nothing up."""
+        return mock.patch.object(optim, "reduced", lambda values, **_: list(values))
+
+
+class OptimizerStateLost(Mutant):
+    """A checkpoint restores the parameters alone: moments and momenta begin at zero again."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Read everything, and forget the optimizer's part."""
+        right = checkpoint.load_
+
+        def forgetting(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> checkpoint.Saved:
+            saved = right(folder, model, optimizer)
+            optimizer.state.clear()
+            return saved
+
+        return mock.patch.object(checkpoint, "load_", forgetting)
+
+
+class AdapterReducedNarrow(Mutant):
+    """The reduction's dtype reaches the adapter's unit: its gradients cross the wire in bfloat16."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Give FSDP2's adapter units a policy."""
+
+        def casting(module: nn.Module, **options: object) -> nn.Module:
+            if isinstance(module, layers.DoraLinear):
+                options["mp_policy"] = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16, cast_forward_inputs=False)
+            return fully_shard(module, **options)
+
+        return mock.patch.object(sharding, "fully_shard", casting)
+
+
+TRAINING_MUTANTS = (MeanOfMeans, GradNormPerShard, OptimizerStateLost, AdapterReducedNarrow)
