@@ -17,6 +17,8 @@ Base = Literal["float32", "bfloat16", "float64", "nf4"]
 Compute = Literal["float32", "bfloat16", "float64"]
 
 LINKS: tuple[Link, ...] = ("algebra", "shards", "frameworks", "training", "controls")
+FAINT = 2.0**-20
+"""What the cotangent of a faint case is multiplied by."""
 UNSHARDED = "none"
 """The strategy of a case that one process runs without any sharding."""
 
@@ -82,6 +84,8 @@ class Case:
     """Whether gradients are reduced once a step, with the last backward (T5)."""
     clip: float = 0.0
     """The largest norm that the gradient of a step may have (T2); 0 leaves it."""
+    faint: bool = False
+    """Whether gradients are so small that clipping's addend counts (S5)."""
     recompute: bool = False
     """Whether activations are computed again in the backward pass (T5)."""
     resume: str = ""
@@ -108,7 +112,7 @@ class Case:
 
     def _features(self) -> list[str]:
         """The identifier's last part: what departs from the plain case."""
-        flags = ("bias", "zero_rows", "hard_rows", "ties", "zero_b", "batched", "late", "recompute")
+        flags = ("bias", "zero_rows", "hard_rows", "ties", "zero_b", "batched", "faint", "late", "recompute")
         named = {
             "": self.activation if self.activation != "identity" else "",
             "wire-": self.param_dtype,
@@ -130,13 +134,20 @@ class Case:
 
     @property
     def learning_rate(self) -> float:
-        """Dyadic, so that the first update of a lattice case is exact."""
+        """Dyadic, so that the first update of a lattice case is exact; as much larger as gradients are fainter."""
+        if self.faint:
+            return 2.0**-4 / FAINT
         return 2.0**-4 if self.model != "pretrained" else 2.0**-7
 
     @property
     def momentum(self) -> float:
         """SGD's momentum (T3)."""
         return 0.5
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing rounds: a lattice, unless a norm's root or a moment's takes part."""
+        return self.proof == "lattice" and not self.clip and self.optimizer == "sgd"
 
     @property
     def weight_decay(self) -> float:

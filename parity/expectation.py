@@ -55,7 +55,7 @@ def from_twin(case: Case, twin: list[Shard], predictions: Predictions, *, units:
 def _against_oracle(case: Case, key: Key, prediction: Prediction) -> Expected:
     if case.proof == "decode":
         return Expected(value=prediction.value, mode="bits")
-    if case.proof == "lattice" and not case.clip:  # a norm's root is rounded, and so is the quotient by it
+    if case.is_exact:
         return Expected(value=_exactly_float32(case, key, prediction.value), mode="bitwise")
     if case.proof == "root":
         return Expected(value=prediction.value, mode="ulp", limit=ROOT_ULPS)

@@ -137,5 +137,12 @@ FLAGS = {
             "transformers#25849",
             ("T6",),
         ),
+        Flag(
+            "OptimizerStateDtype",
+            "holds AdamW's moments in bfloat16",
+            "1 - b2 is below half a unit in the last place: second moments stand still",
+            "torchtitan#2732, an option there",
+            ("D11", "T4"),
+        ),
     )
 }

@@ -2,6 +2,7 @@
 
 from parity.bounds.layers import BFLOAT16_COMPUTE, FLOAT32, FLOAT64, Precision, weight_norm
 from parity.bounds.stack import LayerInputs, propagate
+from parity.bounds.steps import Rule
 from parity.bounds.tracked import GATE, Tracked, difference, exact, limit, summed
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "GATE",
     "LayerInputs",
     "Precision",
+    "Rule",
     "Tracked",
     "difference",
     "exact",

@@ -1,7 +1,7 @@
 """A stack of DoRA layers over ranks and steps: the bound of every gradient, momentum and parameter.
 
 The loss is `sum(G * y)`. Rank k backpropagates `world * sum(G_k * y_k)` over its own tokens, and the gradient is the
-mean over ranks (S3); then torch's SGD with momentum (T3): `buf = mu buf + g` (the first `buf` is `g`), `p -= lr buf`.
+mean over ranks (S3); then comes what `steps` says (T2, T3).
 Each step sees the same x and G, so the second one starts from parameters that carry the error of the first.
 
 The model's reach: within a step errors of A, B and c are added up coherently; from step to step the errors of the
@@ -23,10 +23,11 @@ import numpy as np
 
 from parity.bounds import tracked as tr
 from parity.bounds.layers import FLOAT32, Adapter, Layer, Precision, backward, forward, prepare
+from parity.bounds.steps import STILL, Rule, clipped, stepped
 from parity.bounds.tracked import Array, Tracked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 Activation: TypeAlias = Literal["identity", "relu"]
 Bounds: TypeAlias = dict[tuple[str, str], Tracked]
@@ -59,8 +60,6 @@ class Setting:
     activation: Activation
     precision: Precision
     tokens: tuple[int, ...]
-    lr: float
-    momentum: float
     d9: bool
 
 
@@ -72,16 +71,15 @@ def propagate(
     scaling: float,
     activation: Activation = "identity",
     precision: Precision = FLOAT32,
-    lr: float = 0.0,
-    momentum: float = 0.0,
+    rule: Rule = STILL,
     steps: int = 1,
     world: int = 1,
     tokens: Sequence[int] | None = None,
     d9: bool = False,
 ) -> list[Bounds]:
-    """S3, T3: for each step the bound of every ("layers.K.NAME", KIND).
+    """S3, T2, T3: for each step the bound of every ("layers.K.NAME", KIND).
 
-    KIND is "gradient", "parameter" (after the step) or "optimizer:momentum_buffer". Besides these, each step holds
+    KIND is "gradient" (clipped), "parameter" (after the step) or "optimizer:NAME". Besides these, each step holds
     ("x", "gradient") and ("y", "output"), the stack's own, of all ranks together.
 
     Args:
@@ -91,8 +89,7 @@ def propagate(
         scaling: s (D1).
         activation: between two layers, not after the last.
         precision: the formats of the computation that is bounded.
-        lr: the learning rate of SGD.
-        momentum: its momentum.
+        rule: how the parameters move.
         steps: how many optimizer steps to follow.
         world: the number of ranks.
         tokens: each rank's token count; even shares, the first ranks one more, by default.
@@ -104,22 +101,25 @@ def propagate(
     counts = tuple(tokens) if tokens is not None else _shares(x.shape[0], world)
     if len(counts) != world or sum(counts) != x.shape[0]:
         raise ValueError(f"tokens {counts} do not deal {x.shape[0]} tokens to {world} ranks: give one count a rank")
-    setting = Setting(scaling, activation, precision, counts, lr, momentum, d9)
-    adapters = [Adapter(*(tr.exact(getattr(layer, name)) for name in TENSORS)) for layer in layers]
-    buffers: list[Adapter] = []
+    setting = Setting(scaling, activation, precision, counts, d9)
+    parameters = [tr.exact(getattr(layer, name)) for layer in layers for name in TENSORS]
+    state: dict[str, list[Tracked]] = {}
     history: list[Bounds] = []
     for step in range(steps):
         cotangent = G if isinstance(G, np.ndarray) else G[step]
-        gradients, outside = _step_gradients(layers, adapters, (x, cotangent), setting)
-        adapters, buffers = _sgd(adapters, gradients, buffers, setting)
-        history.append(outside | _named(gradients, "gradient") | _named(adapters, "parameter"))
-        history[-1] |= _named(buffers, "optimizer:momentum_buffer")
+        gradients, outside = _step_gradients(layers, _adapters(parameters), (x, cotangent), setting)
+        gradients = clipped(gradients, rule, precision.unit)
+        moved = stepped(parameters, gradients, state, rule, count=step + 1, unit=precision.unit)
+        parameters, state = moved.parameters, moved.state
+        history.append(outside | _named(gradients, "gradient") | _named(parameters, "parameter"))
+        for name, tensors in state.items():
+            history[-1] |= _named(tensors, f"optimizer:{name}")
     return history
 
 
 def _step_gradients(
     layers: Sequence[LayerInputs], adapters: list[Adapter], data: tuple[Array, Array], setting: Setting
-) -> tuple[list[Adapter], Bounds]:
+) -> tuple[list[Tracked], Bounds]:
     """S3: the mean over ranks of each rank's gradients, and the stack's own output and input gradient."""
     stack = [_prepared(layer, adapter, setting) for layer, adapter in zip(layers, adapters, strict=True)]
     edges = np.cumsum((0, *setting.tokens))
@@ -128,8 +128,7 @@ def _step_gradients(
         ranks.append(_rank_gradients(stack, data[0][start:stop], data[1][start:stop], setting))
     unit = setting.precision.unit
     reduced = [
-        Adapter(*(tr.mean([getattr(rank[0][k], name) for rank in ranks], unit) for name in TENSORS))
-        for k in range(len(layers))
+        tr.mean([getattr(rank[0][k], name) for rank in ranks], unit) for k in range(len(layers)) for name in TENSORS
     ]
     outside = {("y", "output"): _stacked([r[1] for r in ranks]), ("x", "gradient"): _stacked([r[2] for r in ranks])}
     return reduced, outside
@@ -181,32 +180,13 @@ def relu_backward(G: Tracked, y: Tracked) -> Tracked:
     return Tracked(np.where(on, G.value, 0.0), variance, np.where(unsure, np.inf, np.where(on, G.guard, 0.0)))
 
 
-def _sgd(
-    adapters: list[Adapter], gradients: list[Adapter], buffers: list[Adapter], setting: Setting
-) -> tuple[list[Adapter], list[Adapter]]:
-    """T3: torch's rule. The gradient of a later step is correlated with the parameter; its error is counted whole."""
-    unit = setting.precision.unit
-
-    def buffer(old: Tracked, new: Tracked) -> Tracked:
-        return tr.add(tr.scale(old, setting.momentum, unit), new, unit)
-
-    def parameter(old: Tracked, state: Tracked) -> Tracked:
-        return tr.subtract(old, tr.scale(state, setting.lr, unit), unit)
-
-    if buffers:
-        gradients = [_by_tensor(buffer, old, new) for old, new in zip(buffers, gradients, strict=True)]
-    moved = [_by_tensor(parameter, old, state) for old, state in zip(adapters, gradients, strict=True)]
-    return moved, gradients
+def _adapters(tensors: list[Tracked]) -> list[Adapter]:
+    """Each layer's three."""
+    return [Adapter(*tensors[at : at + len(TENSORS)]) for at in range(0, len(tensors), len(TENSORS))]
 
 
-def _by_tensor(function: Callable[[Tracked, Tracked], Tracked], one: Adapter, other: Adapter) -> Adapter:
-    return Adapter(*(function(getattr(one, name), getattr(other, name)) for name in TENSORS))
-
-
-def _named(adapters: list[Adapter], kind: str) -> Bounds:
-    return {
-        (f"layers.{k}.{name}", kind): getattr(adapter, name) for k, adapter in enumerate(adapters) for name in TENSORS
-    }
+def _named(tensors: list[Tracked], kind: str) -> Bounds:
+    return {(f"layers.{k // len(TENSORS)}.{TENSORS[k % len(TENSORS)]}", kind): t for k, t in enumerate(tensors)}
 
 
 def _stacked(parts: list[Tracked]) -> Tracked:

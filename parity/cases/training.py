@@ -23,6 +23,8 @@ _TOKENS = 32
 """A power of two, so that the mean over tokens is exact."""
 _CLIP = 0.5
 """Far below the norm of any case's gradient."""
+_FAINT_CLIP = 2.0**-14
+"""Below the norm of a faint one, which is so small that the addend to it counts (S5)."""
 _WIDE_CLIP = 65536.0
 """Far above it."""
 _QUICK: Places = (("fsdp1", 2), ("fsdp1-orig", 3), ("fsdp2", 3), ("hsdp", 4), ("ddp", 2))
@@ -46,9 +48,10 @@ def _lattices(places: Places) -> Iterator[Case]:
         at = {"strategy": strategy, "world": world, **lattice}
         for late in (False, True):
             yield stack_case(UNEVEN, accumulate=_PARTS, late=late, tokens=_TOKENS, **at)
-    for strategy, world in places:
+    for strategy, world in ((UNSHARDED, 1), *places):
         yield stack_case(UNEVEN, clip=_CLIP, strategy=strategy, world=world, **lattice)
-    yield stack_case(UNEVEN, clip=_WIDE_CLIP, strategy="fsdp2", world=3, **lattice)
+    yield stack_case(UNEVEN, clip=_WIDE_CLIP, **lattice)
+    yield stack_case(UNEVEN, clip=_FAINT_CLIP, faint=True, **lattice)
     yield stack_case(
         UNEVEN, accumulate=_PARTS, late=True, tokens=_TOKENS, base="nf4", strategy="fsdp2", world=2, **lattice
     )
@@ -56,6 +59,11 @@ def _lattices(places: Places) -> Iterator[Case]:
 
 def _steps(places: Places) -> Iterator[Case]:
     """T3, T4: AdamW with its moments in float32, on every shard; a narrow reduction that must not reach adapters."""
+    for base in ("float32", "nf4"):
+        yield stack_case(UNEVEN, link="training", proof="bound", optimizer="adamw", base=base, steps=2)
+    for strategy, world in (("fsdp2", 2), ("hsdp", 4)):
+        at = {"strategy": strategy, "world": world}
+        yield stack_case(UNEVEN, link="training", proof="bound", optimizer="adamw", steps=2, **at)
     for strategy, world in places:
         yield _one_hot(UNEVEN, strategy, world, optimizer="adamw")
     narrow = {"compute": "bfloat16", "param_dtype": "bfloat16", "reduce_dtype": "bfloat16"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ _PRECISIONS = {"float32": bounds.FLOAT32, "bfloat16": bounds.BFLOAT16_COMPUTE, "
 def predict_stack(case: Case) -> Predictions:
     """Every gradient, parameter and momentum of every step; in bounded cases with limits and the nearest bugs."""
     right = _train(case)
-    if case.proof != "bound":
+    if case.is_exact:
         return {key: Prediction(value=value) for key, value in right.items()}
     tracked = _bounds(case)
     nearest = {"NormNotDetached": _train(case, norm_gradient="full")}
@@ -109,7 +110,7 @@ def gradients(
 
 
 def _train(case: Case, *, norm_gradient: NormGradient = "constant", magnitude_dtype: str = "float64") -> dict:
-    """SGD with momentum on all tokens at once; the same batch at every step. The two options plant a bug each."""
+    """Steps on all tokens at once; the same batch at every step. The two options plant a bug each."""
     inputs = stack_inputs(case)
     weights, biases, adapters = stack_arrays(case)
     x_TI, G_TO = _float64(inputs["x"]), _float64(inputs["G"])
@@ -120,12 +121,22 @@ def _train(case: Case, *, norm_gradient: NormGradient = "constant", magnitude_dt
             dataclasses.replace(a, magnitude=a.magnitude.astype(magnitude_dtype).astype(jnp.float64)) for a in adapters
         )
         gradient = gradients(seen, weights, biases, x_TI, G_TO, norm_gradient=norm_gradient, **options)
-        adapters, state = training.sgd_momentum(
-            adapters, gradient, state, lr=case.learning_rate, momentum=case.momentum
-        )
-        kinds = {"gradient": gradient, "parameter": adapters, "optimizer:momentum_buffer": state}
+        if case.clip:
+            gradient, _ = training.clip(gradient, max_norm=case.clip)
+        adapters, state, kept = _stepped(case, adapters, gradient, state)
+        kinds = {"gradient": gradient, "parameter": adapters, **kept}
         tensors |= {key: value for kind, tree in kinds.items() for key, value in _named(step, kind, tree).items()}
     return tensors
+
+
+def _stepped(case: Case, adapters: tuple[Adapter, ...], gradient: tuple[Adapter, ...], state: Any) -> tuple:
+    """T3: parameters after a step, the optimizer's state, and what of it has a parameter's shape, by kind."""
+    lr = case.learning_rate
+    if case.optimizer == "adamw":
+        adapters, state = training.adamw(adapters, gradient, state, lr=lr, weight_decay=case.weight_decay)
+        return adapters, state, dict(zip(case.state_kinds, (state.first, state.second), strict=True))
+    adapters, state = training.sgd_momentum(adapters, gradient, state, lr=lr, momentum=case.momentum)
+    return adapters, state, {case.state_kinds[0]: state}
 
 
 def _named(step: int, kind: str, adapters: tuple[Adapter, ...]) -> dict:
@@ -155,8 +166,13 @@ def _bounds(case: Case) -> dict:
         scaling=dora.scaling(case.alpha, case.rank),
         activation=case.activation,
         precision=_PRECISIONS[case.compute],
-        lr=case.learning_rate,
-        momentum=case.momentum,
+        rule=bounds.Rule(
+            optimizer=case.optimizer,
+            lr=case.learning_rate,
+            momentum=case.momentum,
+            weight_decay=case.weight_decay,
+            clip=case.clip,
+        ),
         steps=case.steps,
         world=case.world,
         tokens=[part.stop - part.start for part in deal_tokens(case.tokens, case.world)],

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from parity import bounds
-from parity.bounds import BFLOAT16_COMPUTE, FLOAT32, FLOAT64, Tracked, difference, exact, limit, propagate
+from parity.bounds import BFLOAT16_COMPUTE, FLOAT32, FLOAT64, Rule, Tracked, difference, exact, limit, propagate
 from parity.bounds import tracked as tr
 from parity.bounds.layers import Adapter, forward, prepare
 from parity.bounds.stack import relu_backward
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from dora_routes import ROUTES, TENSORS, direct, gaussian, half_of_one_rank, rounded, train
 
 U = FLOAT32.unit
-SGD = {"steps": 2, "lr": 2.0**-6, "momentum": 0.5}
+SGD = {"steps": 2, "rule": Rule(lr=2.0**-6, momentum=0.5)}
 PRECISIONS = {
     "float32": (FLOAT32, {}, {}),
     "bfloat16-base": (FLOAT32, {"base": torch.bfloat16}, {}),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from parity.case import Case
-from parity.implementations import torch_training
+from parity.implementations import torch_stack, torch_training
 from parity.implementations.mutants.base import Mutant
 from parity.ranks import Place
 from torch_impl import accumulation, checkpoint, layers, optim, sharding
@@ -58,6 +58,28 @@ class OptimizerStateLost(Mutant):
         return mock.patch.object(checkpoint, "load_", forgetting)
 
 
+class OptimizerStateDtype(Mutant):
+    """AdamW's moments are held in bfloat16."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Round what the optimizer keeps after each step."""
+        right = torch_stack.optimizer_for
+
+        def rounding(model: nn.Module, running: Case) -> torch.optim.Optimizer:
+            optimizer = right(model, running)
+            optimizer.register_step_post_hook(_round_moments)
+            return optimizer
+
+        return mock.patch.object(torch_stack, "optimizer_for", rounding)
+
+
+@torch.no_grad()
+def _round_moments(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    for state in optimizer.state.values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name].copy_(state[name].bfloat16().float())
+
+
 class AdapterReducedNarrow(Mutant):
     """The reduction's dtype reaches the adapter's unit: its gradients cross the wire in bfloat16."""
 
@@ -72,4 +94,4 @@ class AdapterReducedNarrow(Mutant):
         return mock.patch.object(sharding, "fully_shard", casting)
 
 
-TRAINING_MUTANTS = (MeanOfMeans, GradNormPerShard, OptimizerStateLost, AdapterReducedNarrow)
+TRAINING_MUTANTS = (MeanOfMeans, GradNormPerShard, OptimizerStateLost, OptimizerStateDtype, AdapterReducedNarrow)
