@@ -11,11 +11,13 @@ import logging
 # It warns that an optional kernel for its own layer is absent; that layer is never run here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-from torch_impl.adapter_files import load_adapter, merge_adapter, save_adapter
+from torch_impl.adapter_files import load_adapter, save_adapter
+from torch_impl.bases import DenseBase, FrozenBias, PackedBase
 from torch_impl.config import DoraConfig, QuantConfig, ShardConfig
 from torch_impl.errors import DoraError
 from torch_impl.inject import apply_dora
-from torch_impl.layers import DenseBase, DoraLinear, FrozenBias, PackedBase
+from torch_impl.layers import DoraLayer, DoraLinear
+from torch_impl.merge import merge_adapter
 from torch_impl.sharding import shard_model
 from torch_impl.shards import LocalShard, local_shards
 
@@ -23,6 +25,7 @@ __all__ = [
     "DenseBase",
     "DoraConfig",
     "DoraError",
+    "DoraLayer",
     "DoraLinear",
     "FrozenBias",
     "LocalShard",

@@ -1,16 +1,16 @@
-"""Adapters as PEFT's two files, from any strategy; and plain layers again.
+"""Adapters as PEFT's two files, from any strategy.
 
-Clauses: C1 (names and configuration), C3 (safetensors only), C4 (whole tensors only), D10 merge, S12.
+Clauses: C1 (names and configuration), C3 (safetensors only), C4 (whole tensors only), S12.
 
-    adapter_model.safetensors   base_model.model.NAME.lora_A.weight (R, I), .lora_B.weight (O, R),
-                                .lora_magnitude_vector (O)
-    adapter_config.json         r, lora_alpha, target_modules, use_rslora, use_dora, ...
+    adapter_model.safetensors   A, B and the magnitude of each layer, by PEFT's names (see `torch_impl.peft_names`)
+    adapter_config.json         r, lora_alpha, lora_dropout, target_modules, use_rslora, use_dora, ...
 """
 
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,16 +20,17 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
 from torch_impl.config import DoraConfig, QuantConfig
-from torch_impl.errors import AdapterFileError, ShardingError
-from torch_impl.inject import apply_dora, target_names
-from torch_impl.layers import DoraLinear
+from torch_impl.convolution import DoraConvolution, is_pefts
+from torch_impl.errors import AdapterFileError
+from torch_impl.inject import apply_dora
+from torch_impl.kinds import Rows
+from torch_impl.layers import DoraLayer
+from torch_impl.peft_names import SUFFIXES, adapter_shapes, as_stored, base_shapes, own_name, target_rows
 from torch_impl.quant import refuse_non_finite
 from torch_impl.shards import LocalShard, is_sharded, local_shards, unwrapped_name, without_ddp
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-PREFIX = "base_model.model."
-_SUFFIXES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 # what PEFT can say and this package doesn't do: each must hold nothing
 _UNSUPPORTED = (
     "rank_pattern",
@@ -51,13 +52,16 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         AdapterFileError: no DoRA layer, layers of unequal configuration, or the files can't be written (on every rank).
     """
     config = _peft_config(model)
-    tensors = {PREFIX + _file_name(name): tensor for name, tensor in _whole_adapter(model)}
+    layers = {name: layer.rows for name, layer in _layers(model).items()}
+    tensors = dict(as_stored(name, tensor, layers) for name, tensor in _whole_adapter(model))
     writes = not distributed.is_initialized() or distributed.get_rank() == 0
     problem = _write(Path(folder), tensors, config) if writes else None
     if _anywhere(problem is not None):
         raise AdapterFileError(
             f"{folder} can't be written: {problem or 'see rank 0'}", hint="mend the folder and save again"
         )
+    if writes:
+        _warn_of_peft(model)
 
 
 def load_adapter(
@@ -110,43 +114,13 @@ def read_adapter(
         NonFiniteError: a tensor of the adapter holds NaN or infinity.
     """
     config = _read_config(Path(folder) / CONFIG, quant=quant, compute_dtype=compute_dtype)
-    return config, _read_tensors(Path(folder) / WEIGHTS, _expected_shapes(model, config))
+    return config, _read_tensors(Path(folder) / WEIGHTS, model, config)
 
 
-@torch.no_grad()
-def merge_adapter(model: nn.Module) -> nn.Module:
-    """D10: plain linear layers with weight c * V, formed in float32 and rounded once to the base weight's dtype.
-
-    A packed base yields a dense weight: re-quantising is another, lossy operation. The model is changed in place.
-
-    Raises:
-        ShardingError: the model is sharded.
-    """
-    if is_sharded(model):
-        raise ShardingError(
-            "a sharded model can't be merged", hint="save_adapter, then load_adapter on an unsharded model"
-        )
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, DoraLinear):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, _merged(layer))
-    return model
-
-
-def _merged(layer: DoraLinear) -> nn.Linear:
-    """One layer as a plain linear."""
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    weight = layer.merged_weight().to(layer.base.dtype)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.value.detach().clone(), requires_grad=False)
-    return linear.train(layer.training)
-
-
-def _layers(model: nn.Module) -> dict[str, DoraLinear]:
+def _layers(model: nn.Module) -> dict[str, DoraLayer]:
     """The DoRA layers by their name in the unwrapped model."""
     modules = without_ddp(model).named_modules()
-    return {unwrapped_name(name): layer for name, layer in modules if isinstance(layer, DoraLinear)}
+    return {unwrapped_name(name): layer for name, layer in modules if isinstance(layer, DoraLayer)}
 
 
 def _peft_config(model: nn.Module) -> dict[str, Any]:
@@ -160,10 +134,11 @@ def _peft_config(model: nn.Module) -> dict[str, Any]:
             f"{len(configs)} adapter configurations in one model", hint="save a model that apply_dora made"
         )
     config = next(iter(layers.values())).config
-    return _peft_json(config, layers, base=getattr(without_ddp(model), "name_or_path", None))
+    rows = {name: layer.rows for name, layer in layers.items()}
+    return _peft_json(config, rows, base=getattr(without_ddp(model), "name_or_path", None))
 
 
-def _peft_json(config: DoraConfig, layers: Iterable[str], *, base: str | None) -> dict[str, Any]:
+def _peft_json(config: DoraConfig, layers: dict[str, Rows], *, base: str | None) -> dict[str, Any]:
     """The adapter's configuration as PEFT writes it."""
     return {
         "peft_type": "LORA",
@@ -176,35 +151,51 @@ def _peft_json(config: DoraConfig, layers: Iterable[str], *, base: str | None) -
         "target_modules": sorted(layers),
         "lora_dropout": config.dropout,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(rows.kind == "conv1d" for rows in layers.values()),
         "inference_mode": True,
     }
 
 
 def write_adapter(
-    folder: str | os.PathLike[str], tensors: dict[str, Tensor], config: DoraConfig, *, base: str | None = None
+    folder: str | os.PathLike[str],
+    tensors: dict[str, Tensor],
+    config: DoraConfig,
+    *,
+    layers: dict[str, Rows],
+    base: str | None = None,
 ) -> None:
     """C1: write whole tensors by our names as PEFT's two files, aside and renamed; by one process.
+
+    Args:
+        folder: made where it is missing.
+        tensors: by our names.
+        config: the adapter's.
+        layers: the rows of every layer that has an adapter (D3).
+        base: the base model's name or folder.
 
     Raises:
         AdapterFileError: they can't be written.
     """
-    layers = {name.rpartition(".")[0] for name in tensors}
-    stored = {PREFIX + _file_name(name): tensor.contiguous() for name, tensor in tensors.items()}
+    stored = dict(as_stored(name, tensor, layers) for name, tensor in tensors.items())
     problem = _write(Path(folder), stored, _peft_json(config, layers, base=base))
     if problem is not None:
         raise AdapterFileError(f"{folder} can't be written: {problem}", hint="mend the folder and save again")
 
 
-def _file_name(name: str) -> str:
-    """PEFT's name of a parameter of ours."""
-    layer, _, leaf = name.rpartition(".")
-    return f"{layer}.{_SUFFIXES[leaf]}"
+def _warn_of_peft(model: nn.Module) -> None:
+    """Say which layers PEFT would make another function of."""
+    others = [n for n, layer in _layers(model).items() if isinstance(layer, DoraConvolution) and not is_pefts(layer)]
+    if others:
+        warnings.warn(
+            f"peft pads, groups or dilates {', '.join(others[:3])} otherwise and would refuse or misread the adapter: "
+            "load it with load_adapter, or merge it",
+            stacklevel=3,
+        )
 
 
 def _whole_adapter(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """C4: every adapter tensor whole, by name, on the CPU; a collective of all ranks where the model is sharded."""
-    names = {f"{layer}.{leaf}" for layer in _layers(model) for leaf in _SUFFIXES}
+    names = {f"{layer}.{leaf}" for layer in _layers(model) for leaf in SUFFIXES}
     sharded = is_sharded(model)
     for shard in local_shards(model):
         if shard.kind == "parameter" and shard.name in names:
@@ -275,32 +266,18 @@ def _read_config(path: Path, **own: Any) -> DoraConfig:
     )
 
 
-def _expected_shapes(model: nn.Module, config: DoraConfig) -> dict[str, tuple[int, ...]]:
-    """Every adapter tensor that the model would have, with its shape."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in target_names(model, config):
-        linear = model.get_submodule(name)
-        shapes[f"{name}.lora_A"] = (config.rank, linear.in_features)
-        shapes[f"{name}.lora_B"] = (linear.out_features, config.rank)
-        if config.method == "dora":
-            shapes[f"{name}.magnitude"] = (linear.out_features,)
-    return shapes
-
-
-def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def _read_tensors(path: Path, model: nn.Module, config: DoraConfig) -> dict[str, Tensor]:
     """C3: the tensors by our names, their headers checked before any is read."""
+    layers = target_rows(model, config)
+    shapes = adapter_shapes(layers, config)
+    bases = base_shapes(model, layers, config)
     try:
         with safe_open(path, "pt") as file:
-            keys = {_own_name(key): key for key in file.keys()}  # noqa: SIM118 - it is no mapping
-            _refuse_names(path, set(keys), set(shapes))
+            keys = {own_name(key): key for key in file.keys()}  # noqa: SIM118 - it is no mapping
+            _refuse_names(path, set(keys) - set(bases), set(shapes))
             for name, key in keys.items():
-                found = tuple(file.get_slice(key).get_shape())
-                if found != shapes[name]:
-                    raise AdapterFileError(
-                        f"{key} in {path} is {found}, the model needs {shapes[name]}",
-                        hint="use the model it was made for",
-                    )
-            tensors = {name: file.get_tensor(key) for name, key in keys.items()}
+                _refuse_shape(path, key, tuple(file.get_slice(key).get_shape()), (shapes | bases)[name])
+            tensors = {name: file.get_tensor(key).reshape((shapes | bases)[name]) for name, key in keys.items()}
     except (OSError, SafetensorError) as problem:
         raise AdapterFileError(f"{path} can't be read: {problem}", hint="save or copy the adapter again") from None
     for name, tensor in tensors.items():
@@ -308,11 +285,13 @@ def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, T
     return tensors
 
 
-def _own_name(key: str) -> str:
-    """Our name of a tensor in PEFT's file; PEFT's older spellings are understood."""
-    name = key.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".default")
-    layer, _, leaf = name.rpartition(".")
-    return f"{layer}.magnitude" if leaf == "lora_magnitude_vector" else name
+def _refuse_shape(path: Path, key: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """The shape must be the model's; a magnitude may have axes of 1 around it."""
+    bare = tuple(size for size in found if size != 1) if "magnitude" in key else found
+    if bare != (tuple(size for size in wanted if size != 1) if "magnitude" in key else wanted):
+        raise AdapterFileError(
+            f"{key} in {path} is {found}, the model needs {wanted}", hint="use the model it was made for"
+        )
 
 
 def _refuse_names(path: Path, found: set[str], wanted: set[str]) -> None:

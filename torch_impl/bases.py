@@ -47,6 +47,19 @@ class DenseBase(nn.Module):
         return work(self, *tensors)
 
 
+class TransposedBase(DenseBase):
+    """A frozen weight that is stored (I, O), as Conv1D and embeddings have it; it decodes to (O, I), a view."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """What the whole weight decodes to, before it is sharded."""
+        return self.weight.shape[::-1]
+
+    def decode(self, stored: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """The weight (O, I) in `dtype`, in the memory order in which it is stored."""
+        return stored.T.to(dtype)
+
+
 class PackedBase(nn.Module):
     """A frozen weight in four bits: opaque bytes (n, 1), a unit of their own; every rank has the quant state (S6)."""
 

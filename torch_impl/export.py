@@ -3,6 +3,7 @@
 Clauses: D10 merge, C1 adapter files, C3 (safetensors only), S12 (from any world size and strategy).
 """
 
+import math
 import shutil
 import sys
 import tempfile
@@ -16,11 +17,13 @@ import tyro
 from torch import Tensor, nn
 
 from torch_impl import checkpoint
-from torch_impl.adapter_files import merge_adapter, read_adapter, write_adapter
+from torch_impl.adapter_files import read_adapter, write_adapter
 from torch_impl.config import ALL_LINEAR, DoraConfig
 from torch_impl.errors import CheckpointError, OptionError
 from torch_impl.materialize import materialize, skeleton
+from torch_impl.merge import merge_adapter
 from torch_impl.options import Dtype, torch_dtype
+from torch_impl.peft_names import adapter_shapes, target_rows
 
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -117,6 +120,7 @@ def export(options: ExportOptions) -> int:
 
     Raises:
         CheckpointError: there is none, or it isn't whole.
+        ModelFileError: the base model's configuration isn't where it was in training.
     """
     place = _chosen(options)
     _, saved = checkpoint.read_state(place)
@@ -130,8 +134,10 @@ def export(options: ExportOptions) -> int:
         method=made_with["method"],
         dropout=made_with.get("dropout", 0.0),
     )
-    tensors = {name: _shaped(name, flat, rank=config.rank) for name, flat in checkpoint.read_adapter(place).items()}
-    write_adapter(options.out, tensors, config, base=made_with["model"])
+    with torch.device("meta"):
+        layers = target_rows(skeleton(Path(made_with["model"]), dtype=None), config)
+    tensors = _shaped(place, adapter_shapes(layers, config))
+    write_adapter(options.out, tensors, config, layers=layers, base=made_with["model"])
     _say(f"{options.out}: the adapter of step {saved.step}, {len(tensors)} tensors in float32")
     return 0
 
@@ -146,10 +152,12 @@ def _chosen(options: ExportOptions) -> Path:
     return place
 
 
-def _shaped(name: str, flat_N: Tensor, *, rank: int) -> Tensor:
-    """A flattened tensor of the adapter in its own shape: A (R, I), B (O, R), m (O)."""
-    leaf = name.rpartition(".")[2]
-    return {"lora_A": flat_N.view(rank, -1), "lora_B": flat_N.view(-1, rank)}[leaf] if leaf != "magnitude" else flat_N
+def _shaped(place: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """A checkpoint's adapter, each tensor in its own shape."""
+    found = checkpoint.read_adapter(place)
+    if {name: flat.numel() for name, flat in found.items()} != {n: math.prod(shape) for n, shape in shapes.items()}:
+        raise CheckpointError(f"{place} doesn't fit its base model", hint="put the model back where it was in training")
+    return {name: flat.view(shapes[name]) for name, flat in found.items()}
 
 
 def _refuse_existing(out: Path) -> None:

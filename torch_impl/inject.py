@@ -1,6 +1,6 @@
-"""`apply_dora`: replace every targeted linear layer of a model by a `DoraLinear`, and freeze the rest.
+"""`apply_dora`: replace every targeted layer of a model by a DoRA layer of its kind, and freeze the rest.
 
-Clauses: D1, D6, Q7. Targets are read as PEFT reads them.
+Clauses: D1, D3, D6, Q7. Targets are read as PEFT reads them.
 """
 
 import re
@@ -12,72 +12,92 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from torch_impl import quant
+from torch_impl.bases import DenseBase, PackedBase, TransposedBase
 from torch_impl.config import ALL_LINEAR, COMPUTE_DTYPES, DoraConfig, QuantConfig
-from torch_impl.errors import DtypeError, RankError, TargetError
-from torch_impl.layers import DenseBase, DoraLinear, PackedBase
+from torch_impl.convolution import DoraConvolution
+from torch_impl.embedding import DoraEmbedding
+from torch_impl.errors import DtypeError, RankError, StorageError, TargetError
+from torch_impl.kinds import CONVOLUTIONS, is_conv1d, is_linear, own_forward, rows_of
+from torch_impl.layers import DoraLayer, DoraLinear
 from torch_impl.phases import timed
 
 
 def apply_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
     """Put a DoRA adapter on every targeted layer; everything else is frozen.
 
-    A is Kaiming-uniform(a = sqrt 5) from torch's default generator, B is zero, m is D6's, so that the model computes
-    what it did (D12).
+    A is Kaiming-uniform(a = sqrt 5) from torch's default generator, B is zero (an embedding's A zero, its B standard
+    normal), m is D6's, so that the model computes what it did (D12).
 
     Args:
-        model: any torch model; nn.Linear and bitsandbytes' Linear4bit can be targets. It is changed in place.
+        model: any torch model; nn.Linear, bitsandbytes' Linear4bit, transformers' Conv1D, nn.Embedding and nn.Conv1d to
+            3d can be targets. It is changed in place.
         config: the adapter.
 
     Returns:
         The same model.
 
     Raises:
-        TargetError: `target_modules` match nothing, or something that is no such linear layer.
+        TargetError: `target_modules` match nothing, or something that is no such layer.
         RankError: the rank is larger than both sides of a target.
+        StorageError: an embedding or a convolution can't be packed.
         NonFiniteError: a target's weight or bias holds NaN or infinity.
         DtypeError: a target's dtype can't be computed in, and no `compute_dtype` was given.
     """
     names = list(target_names(model, config))
     targets = [model.get_submodule(name) for name in names]
-    for name, linear in zip(names, targets, strict=True):
-        refuse_target(name, linear, config)
-    made = {id(linear): dora_linear(linear, config, name=name) for name, linear in zip(names, targets, strict=True)}
+    for name, module in zip(names, targets, strict=True):
+        refuse_target(name, module, config)
+    made = {id(module): dora_linear(module, config, name=name) for name, module in zip(names, targets, strict=True)}
     model.requires_grad_(False)
-    for name, linear in zip(names, targets, strict=True):
+    for name, module in zip(names, targets, strict=True):
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, made[id(linear)])
+        setattr(model.get_submodule(parent), leaf, made[id(module)])
     return model
 
 
-def dora_linear(linear: nn.Linear, config: DoraConfig, *, name: str = "") -> DoraLinear:
-    """One DoRA layer over one linear layer; its weight is shared where it stays dense."""
-    if linear.bias is not None:
-        quant.refuse_non_finite(linear.bias, f"{name}.bias")
+def dora_linear(module: nn.Module, config: DoraConfig, *, name: str = "") -> DoraLayer:
+    """One DoRA layer over one layer of any kind; its weight is shared where it stays dense."""
+    bias = getattr(module, "bias", None)
+    if bias is not None:
+        quant.refuse_non_finite(bias, f"{name}.bias")
     with timed("quantise" if config.quant else "take over"):
-        base = _base(linear, config.quant_config, name=f"{name}.weight")
+        base = _base(module, config.quant_config, name=f"{name}.weight")
     if config.compute_dtype is None and base.dtype not in COMPUTE_DTYPES:
         raise DtypeError(f"{name}.weight is {base.dtype}", hint=f"set compute_dtype to one of {COMPUTE_DTYPES}")
     with timed("adapters"):
-        return DoraLinear(base, linear.bias, config).train(linear.training)
+        return _of_kind(module, base, bias, config).train(module.training)
 
 
-def _base(linear: nn.Linear, config: QuantConfig | None, *, name: str) -> DenseBase | PackedBase:
-    """The frozen base in the storage asked for; a weight that bitsandbytes has packed keeps its bytes and state."""
-    state = getattr(linear.weight, "quant_state", None)
+def _of_kind(module: nn.Module, base: Any, bias: nn.Parameter | None, config: DoraConfig) -> DoraLayer:
+    """The layer that stands for this kind."""
+    if isinstance(module, nn.Embedding):
+        return DoraEmbedding(base, config, padding_idx=module.padding_idx)
+    if isinstance(module, CONVOLUTIONS):
+        return DoraConvolution(base, module, config)
+    return DoraLinear(base, bias, config, kind="conv1d" if is_conv1d(module) else "linear")
+
+
+def _base(module: Any, config: QuantConfig | None, *, name: str) -> DenseBase | PackedBase:
+    """The frozen base in the storage asked for; a weight that bitsandbytes has packed keeps its bytes and state.
+
+    A Conv1D is packed as (O, I), as transformers does with bitsandbytes.
+    """
+    state = getattr(module.weight, "quant_state", None)
     if state is not None:
-        packed = linear.weight.data
+        packed = module.weight.data
         storage = packed.dtype if config is None else config.quant_storage
         stored, tensors, packed_format = quant.from_quant_state(packed, state, storage=storage)
         base = PackedBase(stored, tensors, packed_format)
         if not quant.is_finite(tensors, packed_format):
             quant.refuse_non_finite(base.decode(base.weight, dtype=torch.float32), name)
         return base
-    if config is None and isinstance(linear, Linear4bit):
-        config = _linear4bit_config(linear)
+    if config is None and isinstance(module, Linear4bit):
+        config = _linear4bit_config(module)
     if config is not None:
-        return PackedBase(*quant.quantize(linear.weight, config, name=name))
-    quant.refuse_non_finite(linear.weight, name)
-    return DenseBase(linear.weight)
+        return PackedBase(*quant.quantize(module.weight.T if is_conv1d(module) else module.weight, config, name=name))
+    quant.refuse_non_finite(module.weight, name)
+    transposed = is_conv1d(module) or isinstance(module, nn.Embedding)
+    return TransposedBase(module.weight) if transposed else DenseBase(module.weight)
 
 
 def _linear4bit_config(linear: Linear4bit) -> QuantConfig:
@@ -90,20 +110,18 @@ def target_names(model: nn.Module, config: DoraConfig) -> Iterator[str]:
     """The full names of the targets, aliases included.
 
     Raises:
-        TargetError: there are none, or one isn't a linear layer.
+        TargetError: there are none.
     """
     wanted = config.target_modules
     excluded = _output_embedding(model)
     count = 0
     for name, module in model.named_modules(remove_duplicate=False):
-        if not _matches(name, wanted) or (
-            wanted == ALL_LINEAR and (not isinstance(module, nn.Linear) or module is excluded)
-        ):
+        if not _matches(name, wanted) or (wanted == ALL_LINEAR and (not is_linear(module) or module is excluded)):
             continue
         count += 1
         yield name
     if not count:
-        some = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][:3]
+        some = [name for name, module in model.named_modules() if is_linear(module)][:3]
         raise TargetError(f"target_modules {wanted!r} match nothing", hint=f"linear layers here are {some or 'none'}")
 
 
@@ -126,16 +144,34 @@ def refuse_target(name: str, module: nn.Module, config: DoraConfig) -> None:
     """Refuse what can be told from shapes and types, before anything is changed.
 
     Raises:
-        TargetError: the module is no linear layer inside a model.
-        RankError: the rank is larger than both its sides.
+        TargetError: the module is of no kind that DoRA is defined for here, or has options that aren't honoured.
+        RankError: the rank is larger than both sides of its weight, or of one group's part of it.
+        StorageError: it is to be packed, and is no linear layer.
     """
-    if not isinstance(module, nn.Linear) or name == "":
+    rows = rows_of(module)
+    kind = type(module).__name__
+    if rows is None or name == "":
         raise TargetError(
-            f"{name or 'the model itself'} is a {type(module).__name__}",
-            hint="target nn.Linear layers inside the model",
+            f"{name or 'the model itself'} is a {kind}",
+            hint="target nn.Linear, Conv1D, nn.Embedding or nn.Conv1d to 3d inside the model",
         )
-    if config.rank > max(module.in_features, module.out_features):
-        shape = (module.out_features, module.in_features)
+    if own_forward(module):
+        raise TargetError(
+            f"{name} is a {kind}, whose forward is its own", hint="leave it out: its adapter would compute without it"
+        )
+    for option in ("max_norm", "scale_grad_by_freq"):
+        if getattr(module, option, None):
+            raise TargetError(
+                f"{name} has {option}={getattr(module, option)}",
+                hint="unset it: an adapted embedding has no such option",
+            )
+    if config.quant is not None and not is_linear(module):
+        raise StorageError(
+            f"quant {config.quant!r} can't store {name}, a {kind}", hint="target linear layers alone, or use quant=None"
+        )
+    if config.rank > max(rows.matrix):
+        part = f" (one of {rows.groups} groups)" if rows.groups > 1 else ""
         raise RankError(
-            f"rank {config.rank} is larger than both sides of {name}, {shape}", hint=f"use at most {max(shape)}"
+            f"rank {config.rank} is larger than both sides of {name}, {rows.matrix}{part}",
+            hint=f"use at most {max(rows.matrix)}",
         )

@@ -13,12 +13,13 @@ its own group's R rows, with a kernel of ones where the layer is a convolution; 
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from torch_impl.config import DoraConfig
 
+Kind = Literal["linear", "conv1d", "embedding", "convolution"]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -26,6 +27,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Rows:
     """A layer's weight as rows."""
 
+    kind: Kind
+    """`conv1d` is transformers', a linear layer; `convolution` any of torch's."""
     out: int
     """O, the output features: each has a magnitude."""
     row: tuple[int, ...]
@@ -54,14 +57,24 @@ def rows_of(module: nn.Module) -> Rows | None:
     """The rows of a module's weight; None for a kind that DoRA isn't defined for here."""
     found: Any = module  # what torch's and transformers' classes call their sizes
     if isinstance(module, nn.Linear):
-        return Rows(found.out_features, (found.in_features,))
+        return Rows("linear", found.out_features, (found.in_features,))
     if is_conv1d(module):
-        return Rows(found.nf, (found.nx,))
+        return Rows("conv1d", found.nf, (found.nx,))
     if isinstance(module, nn.Embedding):
-        return Rows(found.embedding_dim, (found.num_embeddings,))
+        return Rows("embedding", found.embedding_dim, (found.num_embeddings,))
     if isinstance(module, CONVOLUTIONS):
-        return Rows(found.out_channels, (found.in_channels // found.groups, *found.kernel_size), found.groups)
+        row = (found.in_channels // found.groups, *found.kernel_size)
+        return Rows("convolution", found.out_channels, row, found.groups)
     return None
+
+
+def own_forward(module: nn.Module) -> bool:
+    """Whether a subclass computes something else than its kind does, which an adapter in its place would not.
+
+    Subclasses of nn.Linear are bitsandbytes' and their like, which differ in storage alone.
+    """
+    standard = (nn.Embedding, *CONVOLUTIONS)
+    return any(isinstance(module, kind) and type(module).forward is not kind.forward for kind in standard)
 
 
 def is_linear(module: nn.Module) -> bool:

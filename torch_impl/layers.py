@@ -18,7 +18,7 @@ are handed to it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -189,9 +189,13 @@ class DoraLayer(nn.Module):
         """
         bias_O = None if self.bias is None else self.bias()
         tensors = (x, self.lora_A, self.lora_B, self.magnitude, bias_O)
-        if keep is None and self.training and self.config.dropout > 0:
-            keep = draw(x, rate=self.config.dropout)
+        keep = self._drawn(x) if keep is None else keep
         return self.base(self._product, *tensors) if keep is None else self.base(self._by_rule, *tensors, keep)
+
+    def _drawn(self, x: Tensor) -> Tensor | None:
+        """D9: which numbers of x are kept, while training with dropout."""
+        drops = self.training and self.config.dropout > 0
+        return draw(x, rate=self.config.dropout) if drops else None
 
     def _product(self, base: DenseBase | PackedBase, *tensors: Tensor | None) -> Tensor:
         """Run by the base, in its forward: nothing is dropped."""
@@ -265,11 +269,25 @@ class DoraLayer(nn.Module):
 
 
 class DoraLinear(DoraLayer):
-    """A linear layer y = c * (x W' + s (x A') B') + b; the arguments are `DoraLayer`'s."""
+    """A linear layer y = c * (x W' + s (x A') B') + b.
 
-    def __init__(self, base: DenseBase | PackedBase, bias: Tensor | None, config: DoraConfig) -> None:
+    Args:
+        base: `DoraLayer`'s; where the weight is stored (I, O), a `TransposedBase`.
+        bias: `DoraLayer`'s.
+        config: `DoraLayer`'s.
+        kind: `conv1d` where the layer stands for transformers' Conv1D.
+    """
+
+    def __init__(
+        self,
+        base: DenseBase | PackedBase,
+        bias: Tensor | None,
+        config: DoraConfig,
+        *,
+        kind: Literal["linear", "conv1d"] = "linear",
+    ) -> None:
         out, fan_in = base.shape
-        super().__init__(base, bias, config, rows=Rows(out, (fan_in,)), down=Matrix(), up=Matrix())
+        super().__init__(base, bias, config, rows=Rows(kind, out, (fan_in,)), down=Matrix(), up=Matrix())
         self.out_features, self.in_features = out, fan_in
 
     def _product(self, base: DenseBase | PackedBase, *tensors: Tensor | None) -> Tensor:

@@ -44,10 +44,22 @@ def _row_blocks(W_OI: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, W_OI.shape[0]))
 
 
+def _stored_by_columns(W_OI: Tensor) -> bool:
+    """Whether W is a view of an (I, O) tensor, as Conv1D's and embeddings' are: a few rows of it are strewn over it."""
+    return W_OI.stride(0) < W_OI.stride(1)
+
+
 def _weight_terms(W_OI: Tensor, A_RI: Tensor, *, moved: bool) -> tuple[Tensor, Tensor]:
     """D13's two terms that read W, in float32: |W_i|^2 (O) and A W' (R, O), the latter only where B isn't 0."""
-    squares_O = W_OI.new_empty(W_OI.shape[0], dtype=torch.float32)
-    cross_RO = W_OI.new_empty(A_RI.shape[0], W_OI.shape[0], dtype=torch.float32)
+    squares_O = W_OI.new_zeros(W_OI.shape[0], dtype=torch.float32)
+    cross_RO = W_OI.new_zeros(A_RI.shape[0], W_OI.shape[0], dtype=torch.float32)
+    if _stored_by_columns(W_OI):
+        for columns in _row_blocks(W_OI.T):
+            block_IO = W_OI.T[columns].float()
+            squares_O += block_IO.square().sum(dim=0)
+            if moved:
+                cross_RO.addmm_(A_RI[:, columns], block_IO)
+        return squares_O, cross_RO
     for rows in _row_blocks(W_OI):
         block = W_OI[rows].float()
         squares_O[rows] = block.square().sum(dim=1)

@@ -15,7 +15,9 @@ from torch import nn
 
 from torch_impl.config import DoraConfig, ShardConfig
 from torch_impl.costs import Costs, costs
-from torch_impl.layers import DoraLinear
+from torch_impl.errors import DoraError, RankError
+from torch_impl.inject import refuse_target, target_names
+from torch_impl.layers import DoraLayer
 from torch_impl.sharding import shard_size
 from torch_impl.units import Member, Plan, Unit, plan_units, shard_numel
 
@@ -237,7 +239,7 @@ def _used_weight(scene: _Scene) -> Iterator[Finding]:
     dtype = scene.shard.param_dtype
     if dtype is None or scene.shard.strategy in ("none", "ddp"):
         return
-    live = {f"{n}.base.weight": m.compute_dtype for n, m in scene.model.named_modules() if isinstance(m, DoraLinear)}
+    live = {f"{n}.base.weight": m.compute_dtype for n, m in scene.model.named_modules() if isinstance(m, DoraLayer)}
     for unit in scene.plan.units:
         if unit.rule != "base" or unit.members[0].kind == "packed":
             continue
@@ -388,18 +390,17 @@ def _uneven_finding(name: str, clause: str, consequence: str) -> Finding:
 
 
 def _refused(scene: _Scene) -> Iterator[Finding]:
-    """D1: what `apply_dora` would refuse."""
+    """D1, D3, Q1: what `apply_dora` would refuse."""
     if scene.dora is None:
         return
-    for unit in scene.plan.units:
-        if unit.weight_shape is not None and scene.dora.rank > max(unit.weight_shape):
-            yield Finding(
-                "error",
-                unit.members[0].name,
-                "D1",
-                f"rank {scene.dora.rank} is larger than both of its sides: apply_dora refuses it",
-                "use a smaller rank",
-            )
+    for name in target_names(scene.model, scene.dora):
+        try:
+            refuse_target(name, scene.model.get_submodule(name), scene.dora)
+        except RankError:
+            text = f"rank {scene.dora.rank} is larger than both of its sides: apply_dora refuses it"
+            yield Finding("error", f"{name}.base.weight", "D1", text, "use a smaller rank")
+        except DoraError as error:
+            yield Finding("error", f"{name}.weight", "D3", f"apply_dora refuses it: {error.args[0]}", error.hint)
 
 
 _CHECKS: tuple[Callable[[_Scene], Iterator[Finding]], ...] = (

@@ -8,9 +8,9 @@ but never for adapters or packed bytes.
 The rule of the units (S7), named "base, bias, adapter, block, root". S2's layouts depend on it:
 
     unit               members                                               wire
-    DoraLinear.base    the frozen weight, or its packed bytes                param_dtype if dense, else opaque (S6)
-    DoraLinear.bias    the frozen bias, if any                               its own dtype
-    DoraLinear         lora_A, lora_B, magnitude, in this order              float32, gradients as well (D11)
+    DoraLayer.base     the frozen weight, or its packed bytes                param_dtype if dense, else opaque (S6)
+    DoraLayer.bias     the frozen bias, if any                               its own dtype
+    DoraLayer          lora_A, lora_B, magnitude, in this order              float32, gradients as well (D11)
     a block            what is left of a ModuleList's member that holds      param_dtype
                        DoRA layers: its norms
     the model          what is left: embeddings, last norm, output head      param_dtype
@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torch_impl.config import ShardConfig
 from torch_impl.errors import ShardingError, StorageError
-from torch_impl.layers import DoraLinear
+from torch_impl.layers import DoraLayer
 from torch_impl.shards import is_sharded
 
 Wrap = Callable[..., nn.Module]
@@ -62,7 +62,7 @@ def shard_model(model: nn.Module, config: ShardConfig) -> nn.Module:
         return DistributedDataParallel(model)
     wrap = _fully_shard(model, config) if config.strategy in ("fsdp2", "hsdp") else _flat_wrap(model, config)
     # Inner units first: a unit takes whatever parameters no earlier unit has taken.
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, DoraLinear)]
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, DoraLayer)]
     # 1. Bases and biases, so that frozen members (and other dtypes) never share a unit with the adapter.
     for name, layer in layers:
         wire = config.param_dtype if layer.base.storage is None else None
@@ -164,7 +164,7 @@ def _block_names(model: nn.Module) -> Iterator[str]:
             f"{name}.{index}".lstrip(".")
             for index, block in enumerate(module)
             if not _is_unit(block)
-            and any(isinstance(m, DoraLinear) for m in block.modules())
+            and any(isinstance(m, DoraLayer) for m in block.modules())
             and any(True for _ in _left(block))
         ]
     return reversed(names)
@@ -194,14 +194,14 @@ def _refuse(model: nn.Module, config: ShardConfig) -> None:
         raise ShardingError("there is no process group", hint="call torch.distributed.init_process_group first")
     if is_sharded(model):
         raise ShardingError("the model is sharded already", hint="call shard_model once")
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, DoraLinear)]
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, DoraLayer)]
     if not layers:
         raise ShardingError("the model has no DoRA layer", hint="call apply_dora first")
     for name, layer in layers:
         _refuse_storage(name, layer, config)
 
 
-def _refuse_storage(name: str, layer: DoraLinear, config: ShardConfig) -> None:
+def _refuse_storage(name: str, layer: DoraLayer, config: ShardConfig) -> None:
     """S6, D6: the wire may change neither packed bytes nor the weight that the magnitude was made from."""
     storage, param_dtype = layer.base.storage, config.param_dtype
     if storage is None:

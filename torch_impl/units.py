@@ -11,7 +11,7 @@ layers: its units are its blocks, the members of its module lists, and the root.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -19,7 +19,8 @@ from torch import nn
 
 from torch_impl.config import DoraConfig, QuantConfig, ShardConfig
 from torch_impl.inject import target_names
-from torch_impl.layers import DoraLinear, PackedBase
+from torch_impl.kinds import rows_of
+from torch_impl.layers import DoraLayer, PackedBase
 
 Kind = Literal["weight", "packed", "bias", "adapter", "other"]
 ALIGNMENT = 16
@@ -67,7 +68,7 @@ class Unit:
     wire: torch.dtype | None
     """What it is gathered as; None is as stored."""
     weight_shape: tuple[int, int] | None = None
-    """(O, I) of a base."""
+    """(O, I) of a base; of any kind of layer, its rows and the numbers of one (D3)."""
 
     def wire_bytes(self) -> int:
         """Bytes of the whole unit as it is gathered."""
@@ -109,9 +110,9 @@ def plan_units(model: nn.Module, shard: ShardConfig, dora: DoraConfig | None = N
     taken: set[int] = set()
     buffer_bytes = total = 0
     for name, module in model.named_modules():
-        if isinstance(module, DoraLinear):
-            units, state, size = _live(name, module, shard), 0, module.in_features * module.out_features
-        elif dora is not None and id(module) in targets and isinstance(module, nn.Linear):
+        if isinstance(module, DoraLayer):
+            units, state, size = _live(name, module, shard), 0, module.rows.length * module.rows.out
+        elif dora is not None and id(module) in targets and rows_of(module) is not None:
             units, state, size = _planned(name, module, dora, shard)
         else:
             continue
@@ -130,11 +131,11 @@ def plan_units(model: nn.Module, shard: ShardConfig, dora: DoraConfig | None = N
     )
 
 
-def _live(name: str, layer: DoraLinear, shard: ShardConfig) -> list[Unit]:
+def _live(name: str, layer: DoraLayer, shard: ShardConfig) -> list[Unit]:
     """A DoRA layer's units as it is."""
     packed = isinstance(layer.base, PackedBase)
     weight = _member(f"{name}.base.weight", layer.base.weight, "packed" if packed else "weight")
-    shape = (layer.out_features, layer.in_features)
+    shape = (layer.rows.out, layer.rows.length)
     units = [Unit(f"{name}.base", "base", (weight,), None if packed else shard.param_dtype, shape)]
     if layer.bias is not None:
         units.append(Unit(f"{name}.bias", "bias", (_member(f"{name}.bias.value", layer.bias.value, "bias"),), None))
@@ -142,27 +143,26 @@ def _live(name: str, layer: DoraLinear, shard: ShardConfig) -> list[Unit]:
     return [*units, Unit(name, "adapter", tuple(adapter), None)]
 
 
-def _planned(name: str, linear: nn.Linear, dora: DoraConfig, shard: ShardConfig) -> tuple[list[Unit], int, int]:
-    """The units that a linear layer would have, its quant state's bytes, and its weight's elements."""
-    O, I = linear.out_features, linear.in_features  # noqa: E741 - the axis legend's names
-    weight, state = _planned_weight(f"{name}.base.weight", linear, dora.quant_config)
+def _planned(name: str, module: Any, dora: DoraConfig, shard: ShardConfig) -> tuple[list[Unit], int, int]:
+    """The units that a layer would have, its quant state's bytes, and its weight's elements."""
+    rows = rows_of(module)
+    assert rows is not None  # noqa: S101 - the caller has asked
+    weight, state = _planned_weight(f"{name}.base.weight", module.weight, dora.quant_config)
     wire = None if weight.kind == "packed" else shard.param_dtype
-    units = [Unit(f"{name}.base", "base", (weight,), wire, (O, I))]
-    if linear.bias is not None:
-        bias = Member(f"{name}.bias.value", (O,), linear.bias.dtype, trainable=False, kind="bias")
+    units = [Unit(f"{name}.base", "base", (weight,), wire, (rows.out, rows.length))]
+    if getattr(module, "bias", None) is not None:
+        bias = Member(f"{name}.bias.value", (rows.out,), module.bias.dtype, trainable=False, kind="bias")
         units.append(Unit(f"{name}.bias", "bias", (bias,), None))
-    shapes = {"lora_A": (dora.rank, I), "lora_B": (O, dora.rank)}
-    if dora.method == "dora":
-        shapes["magnitude"] = (O,)
+    shapes = rows.adapter_shapes(dora)
     adapter = [Member(f"{name}.{k}", s, torch.float32, trainable=True, kind="adapter") for k, s in shapes.items()]
-    return [*units, Unit(name, "adapter", tuple(adapter), None)], state, O * I
+    return [*units, Unit(name, "adapter", tuple(adapter), None)], state, rows.out * rows.length
 
 
-def _planned_weight(name: str, linear: nn.Linear, quant: QuantConfig | None) -> tuple[Member, int]:
+def _planned_weight(name: str, weight: nn.Parameter, quant: QuantConfig | None) -> tuple[Member, int]:
     """The frozen weight as it would be stored (Q1, Q3), and the bytes of its quant state (Q6)."""
-    shape = (linear.out_features, linear.in_features)
+    shape = tuple(weight.shape)
     if quant is None:
-        return Member(name, shape, linear.weight.dtype, trainable=False, kind="weight"), 0
+        return Member(name, shape, weight.dtype, trainable=False, kind="weight"), 0
     numel = math.prod(shape)
     items = math.ceil(math.ceil(numel / 2) / quant.quant_storage.itemsize)
     blocks = -(-numel // quant.blocksize)

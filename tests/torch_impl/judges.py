@@ -4,6 +4,7 @@ Both give y and the gradients by name, as `reference.run` does.
 """
 
 import warnings
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -12,8 +13,11 @@ from jax import Array
 from peft import LoraConfig, get_peft_model
 from reference import Inputs
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
-from ref import dora, gradients
+from ref import dora, gradients, layers
+from ref.layers import Window
 from ref.types import Adapter
 
 
@@ -37,6 +41,52 @@ def ref_linear(it: Inputs, *, mask: Tensor | None = None) -> dict[str, Tensor]:
         y = dora.forward(x, W, adapter, scaling=it.scaling, bias_O=b, mask_TI=mask_TI)
         found = gradients.closed_form(x, W, adapter, G_TO=_array(it.G), scaling=it.scaling, mask_TI=mask_TI)
         return _named(y, found.lora_A, found.lora_B, found.magnitude, found.x)
+
+
+def ref_layer(module: nn.Module, it: Inputs, *, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """The reference's layer of the module's kind."""
+    if isinstance(module, nn.Embedding):
+        return _ref_embedding(it, padding_idx=module.padding_idx)
+    if isinstance(module, nn.Linear | Conv1D):
+        flat = {"x": it.x.flatten(0, -2), "G": it.G.flatten(0, -2), "W": it.W.T if isinstance(module, Conv1D) else it.W}
+        found = ref_linear(replace(it, **flat), mask=None if mask is None else mask.flatten(0, -2))
+        return found | {"y": found["y"].reshape(it.G.shape), "x": found["x"].reshape(it.x.shape)}
+    return _ref_convolution(module, it, mask=mask)
+
+
+def _ref_embedding(it: Inputs, *, padding_idx: int | None) -> dict[str, Tensor]:
+    with jax.enable_x64(True):
+        ids, W, adapter = _array(it.x.flatten()), _array(it.W), _adapter(it)
+        options = {"scaling": it.scaling, "padding_idx": padding_idx}
+        y = layers.embedding(ids, W, adapter, **options)
+        found = layers.embedding_closed_form(ids, W, adapter, G_TD=_array(it.G.flatten(0, -2)), **options)
+        named = _named(y, found.lora_A, found.lora_B, found.magnitude)
+    return named | {"y": named["y"].reshape(it.G.shape)}
+
+
+def _ref_convolution(module: nn.Module, it: Inputs, *, mask: Tensor | None) -> dict[str, Tensor]:
+    """The reference pads with equal zeros alone: here all padding is laid around x before, and taken off dx after."""
+    x = it.x.double().requires_grad_()
+    padded = _padded(module, x)
+    padded_mask = None if mask is None else _array(_padded(module, mask.double()))
+    window = Window(module.stride, (0,) * len(module.stride), module.dilation, module.groups)
+    with jax.enable_x64(True):
+        inputs, options = (
+            (_array(padded.detach()), _array(it.W), _adapter(it)),
+            {"window": window, "mask_NI": padded_mask},
+        )
+        b = None if it.b is None else _array(it.b)
+        y = layers.convolution(*inputs, scaling=it.scaling, bias_O=b, **options)
+        found = layers.convolution_closed_form(*inputs, G_NO=_array(it.G), scaling=it.scaling, **options)
+        named = _named(y, found.lora_A, found.lora_B, found.magnitude, found.x)
+    padded.backward(named["x"])
+    return named | {"x": x.grad}
+
+
+def _padded(module: nn.Module, x: Tensor) -> Tensor:
+    """Torch's own padding: it keeps the widths of both ends."""
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
 
 
 def peft(module: nn.Module, it: Inputs, *, mask: Tensor | None = None) -> dict[str, Tensor]:

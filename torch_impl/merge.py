@@ -1,0 +1,76 @@
+"""Plain layers again: every DoRA layer becomes the layer that it replaced, with the weight c * V. Clause: D10."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_impl.convolution import DoraConvolution
+from torch_impl.embedding import DoraEmbedding
+from torch_impl.errors import ShardingError
+from torch_impl.layers import DoraLayer
+from torch_impl.shards import is_sharded
+
+
+@torch.no_grad()
+def merge_adapter(model: nn.Module) -> nn.Module:
+    """D10: plain layers with weight c * V, formed in float32 and rounded once to the base weight's dtype.
+
+    A packed base yields a dense weight: re-quantising is another, lossy operation. The model is changed in place; where
+    one of its tied embeddings has been merged it says from now on that they are not tied.
+
+    Raises:
+        ShardingError: the model is sharded.
+    """
+    if is_sharded(model):
+        raise ShardingError(
+            "a sharded model can't be merged", hint="save_adapter, then load_adapter on an unsharded model"
+        )
+    made: dict[int, nn.Module] = {}
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(layer, DoraLayer):
+            parent, _, leaf = name.rpartition(".")
+            made[id(layer)] = made.get(id(layer)) or _merged(layer)
+            setattr(model.get_submodule(parent), leaf, made[id(layer)])
+    if _ties_broken(model):
+        model.config.tie_word_embeddings = False
+    return model
+
+
+def _merged(layer: DoraLayer) -> nn.Module:
+    """One layer as the plain one of its kind."""
+    weight = layer.merged_weight().to(layer.base.dtype)
+    plain = _plain(layer)
+    plain.weight = nn.Parameter(_as_stored(layer, weight), requires_grad=False)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.value.detach().clone(), requires_grad=False)
+    return plain.train(layer.training)
+
+
+def _as_stored(layer: DoraLayer, weight: Tensor) -> Tensor:
+    """The weight in the plain layer's orientation, from rows."""
+    return weight.T.contiguous() if layer.rows.kind in ("conv1d", "embedding") else weight
+
+
+def _plain(layer: DoraLayer) -> nn.Module:
+    """The kind of layer that it stands for, without weights."""
+    rows, bias = layer.rows, layer.bias is not None
+    if isinstance(layer, DoraConvolution):
+        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(rows.row) - 2]
+        return kind(**layer.settings, bias=bias, device="meta")
+    if isinstance(layer, DoraEmbedding):
+        return nn.Embedding(rows.length, rows.out, padding_idx=layer.padding_idx, device="meta")
+    if rows.kind == "conv1d":
+        from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 - loaded already, or there would be no such layer
+
+        with torch.device("meta"):
+            return Conv1D(rows.out, rows.length)
+    return nn.Linear(rows.length, rows.out, bias=bias, device="meta")
+
+
+def _ties_broken(model: Any) -> bool:
+    """Whether a model that says that its embeddings are tied has two weights by now."""
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return False
+    first, last = model.get_input_embeddings(), model.get_output_embeddings()
+    return first is not None and last is not None and first.weight.data_ptr() != last.weight.data_ptr()
