@@ -178,9 +178,16 @@ class Case:
         return dataclasses.replace(self, strategy=self.resume).copies
 
     @property
+    def mesh(self) -> tuple[int, int, int]:
+        """The sizes of the axes `replicate`, `shard` and `tensor` under `mesh-RxSxT` (S9, S10)."""
+        replicate, shard, tensor = map(int, self.strategy.removeprefix("mesh-").split("x"))
+        return replicate, shard, tensor
+
+    @property
     def input_world(self) -> int:
-        """The world size whose batches are dealt: the twin sees those of the case it stands beside."""
-        return self.twin_world or self.world
+        """How many batches are dealt; the twin sees those of the case it stands beside, tensor ranks the same one."""
+        data_ranks = self.mesh[0] * self.mesh[1] if self.strategy.startswith("mesh-") else self.world
+        return self.twin_world or data_ranks
 
     def hot_rank(self, step: int) -> int | None:
         """In a one-hot case each rank in turn has the only non-zero loss; elsewhere None."""

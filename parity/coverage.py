@@ -56,7 +56,7 @@ def _fault(counts: np.ndarray, copies: int | None) -> tuple[int, str]:
     lost = int((counts == 0).sum())
     if lost:
         return lost, f"{lost} of {counts.size} elements on no rank"
-    wanted = copies or int(counts.min(initial=1))
+    wanted = copies or int(counts.min(initial=np.iinfo(counts.dtype).max))
     wrong = counts[counts != wanted]
     often = " or ".join(map(str, np.unique(wrong)))
     return wrong.size, f"{wrong.size} of {counts.size} elements on {often} ranks, wanted {wanted}"

@@ -265,10 +265,33 @@ def mesh_gradients(
         InputError: where N is no such product, the features that `cuts` names don't divide by the size of `tensor`, or
             there is not one cut a layer.
     """
+    y_NTO, gradients = sharded_gradients(x_NTI, layers, G_NTO=G_NTO, mesh=mesh, cuts=cuts, relu=relu)
+    whole = [pieces(layer, cut, mesh) for layer, cut in zip(layers, cuts, strict=True)]
+
+    return y_NTO, [
+        jax.tree.map(lambda piece, array: piece.unpadded(array), of_layer.adapter, gradient, is_leaf=is_piece)
+        for of_layer, gradient in zip(whole, gradients, strict=True)
+    ]
+
+
+def sharded_gradients(
+    x_NTI: Float[Array, "N T I"],
+    layers: Sequence[Layer],
+    *,
+    G_NTO: Float[Array, "N T O"],
+    mesh: Mesh,
+    cuts: Sequence[Cut],
+    relu: bool = False,
+) -> tuple[Float[Array, "N T O"], list[Adapter]]:
+    """S9, S10: the same, with each gradient left where it lies, padded: a rank holds what its device holds.
+
+    Raises:
+        InputError: as `mesh_gradients` does.
+    """
     _require_fits(x_NTI.shape[0], layers, mesh=mesh, cuts=cuts)
-    whole = [_pieces(layer, cut, mesh) for layer, cut in zip(layers, cuts, strict=True)]
-    padded = [jax.tree.map(lambda piece: piece.padded, pieces, is_leaf=_is_piece) for pieces in whole]
-    heights = [jax.tree.map(lambda piece: piece.rows, pieces, is_leaf=_is_piece) for pieces in whole]
+    whole = [pieces(layer, cut, mesh) for layer, cut in zip(layers, cuts, strict=True)]
+    padded = [jax.tree.map(lambda piece: piece.padded, of_layer, is_leaf=is_piece) for of_layer in whole]
+    heights = [jax.tree.map(lambda piece: piece.rows, of_layer, is_leaf=is_piece) for of_layer in whole]
     specs = [placements(layer, cut=cut) for layer, cut in zip(layers, cuts, strict=True)]
     batch = PartitionSpec((REPLICATE, SHARD))
 
@@ -288,16 +311,11 @@ def mesh_gradients(
         out_specs=(batch, [spec.adapter for spec in specs]),
         check_vma=False,
     )
-    y_NTO, gradients = jax.jit(run)(x_NTI, G_NTO, padded)
-
-    return y_NTO, [
-        jax.tree.map(lambda piece, array: piece.unpadded(array), pieces.adapter, gradient, is_leaf=_is_piece)
-        for pieces, gradient in zip(whole, gradients, strict=True)
-    ]
+    return jax.jit(run)(x_NTI, G_NTO, padded)
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """S1: a parameter with each tensor rank's rows padded to a multiple of the size of `shard`."""
 
     padded: Num[Array, "P *K"]
@@ -314,19 +332,28 @@ class _Piece:
         by_part = array.reshape(self.parts, -1, *array.shape[1:])[:, : self.rows]
         return by_part.reshape(-1, *array.shape[1:])
 
+    def whole_rows(self, padded_rows: slice) -> slice:
+        """Which rows of the whole a rank's padded rows hold; the zeros behind are not counted, and may be all."""
+        height = self.padded.shape[0] // self.parts
+        part, start = divmod(padded_rows.start, height)
+        stop = start + padded_rows.stop - padded_rows.start
 
-def _is_piece(value: object) -> bool:
-    return isinstance(value, _Piece)
+        return slice(part * self.rows + min(start, self.rows), part * self.rows + min(stop, self.rows))
 
 
-def _pieces(layer: Layer, cut: Cut, mesh: Mesh) -> Layer:
+def is_piece(value: object) -> bool:
+    """Where `jax.tree.map` stops in a layer of pieces."""
+    return isinstance(value, Piece)
+
+
+def pieces(layer: Layer, cut: Cut, mesh: Mesh) -> Layer:
     """A layer of pieces in place of its arrays."""
 
-    def piece(array: Num[Array, "D *K"], spec: PartitionSpec) -> _Piece:
+    def piece(array: Num[Array, "D *K"], spec: PartitionSpec) -> Piece:
         parts = mesh.shape[TENSOR] if spec[0] == (TENSOR, SHARD) else 1
         by_part = jnp.split(array, parts)
         padded = jnp.concatenate([_pad_rows(part, mesh.shape[SHARD]) for part in by_part])
-        return _Piece(padded, rows=by_part[0].shape[0], parts=parts)
+        return Piece(padded, rows=by_part[0].shape[0], parts=parts)
 
     return jax.tree.map(piece, layer, placements(layer, cut=cut))
 

@@ -25,7 +25,7 @@ def stack_case(shape: Shape, **fields: Any) -> Case:
     if fields.get("strategy", UNSHARDED) != UNSHARDED:
         clauses += SHARDED if fields["strategy"] != "ddp" else ["S3"]
         clauses += ["S2"] if fields["strategy"].startswith("fsdp1") else []
-        clauses += ["S9"] if fields["strategy"] in {"hsdp", "ddp"} else []
+        clauses += _mesh_clauses(fields["strategy"])
         clauses += ["S4"] if fields["strategy"] == "shard-map" else []  # the one form that takes norms locally
         clauses += ["S8"] if fields["strategy"] == "fsdp1-orig" else []  # where reading from outside raises
         clauses += ["S6"] if fields.get("base") == "nf4" else []
@@ -34,6 +34,14 @@ def stack_case(shape: Shape, **fields: Any) -> Case:
         scaling = shape.packed_lattice_scaling if fields.get("base") == "nf4" else DENSE_LATTICE_SCALING
     fields = {"rank": shape.rank, "alpha": scaling * shape.rank, **fields}
     return Case(model="stack", layers=shape.layers, shape_name=shape.name, clauses=tuple(clauses), **fields)
+
+
+def _mesh_clauses(strategy: str) -> list[str]:
+    """S9 where there are replicas, S10 where there are tensor ranks."""
+    if not strategy.startswith("mesh-"):
+        return ["S9"] if strategy in {"hsdp", "ddp"} else []
+    replicate, _, tensor = map(int, strategy.removeprefix("mesh-").split("x"))
+    return [*(["S9"] if replicate > 1 else []), *(["S10"] if tensor > 1 else [])]
 
 
 def _training_clauses(fields: dict[str, Any]) -> list[str]:

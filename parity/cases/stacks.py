@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
@@ -23,7 +24,17 @@ _PRECISIONS = (
 
 def stack_cases(tier: str) -> list[Case]:
     """All stacks of a tier: the full one has every shape in every bounded case and more worlds."""
-    cases = [*_unsharded(), *_crosses(), *_lattice(), *_one_hot(), *_replicas(), *_bounded(tier), *_start(), *_jax()]
+    cases = [
+        *_unsharded(),
+        *_crosses(),
+        *_lattice(),
+        *_one_hot(),
+        *_replicas(),
+        *_bounded(tier),
+        *_start(),
+        *_jax(),
+        *_mesh(),
+    ]
     if tier == "full":
         cases += list(_one_hot_at(world=8))
     return cases
@@ -144,3 +155,17 @@ def _jax() -> Iterator[Case]:
         yield stack_case(shape, proof="lattice", **common)
     for shape, world in product((UNEVEN, THIN), (2, 4)):
         yield stack_case(shape, proof="bound", link="shards", subject="jax", strategy="shard-map", world=world, steps=2)
+
+
+def _mesh() -> Iterator[Case]:
+    """S9, S10: JAX on a mesh of replicas, shards and tensor ranks; `uneven` is cut column, row, `thin` row, column."""
+    for shape, mesh, base in product((UNEVEN, THIN), ("1x1x2", "1x2x2", "2x1x2"), ("float32", "nf4")):
+        yield _mesh_case(shape, mesh, base=base)
+    yield _mesh_case(UNEVEN, "2x2x1")
+    yield _mesh_case(UNEVEN, "2x2x2", bias=True, activation="relu")
+
+
+def _mesh_case(shape: Shape, mesh: str, **fields: Any) -> Case:
+    world = math.prod(map(int, mesh.split("x")))
+    at = {"subject": "jax-mesh", "strategy": f"mesh-{mesh}", "world": world}
+    return stack_case(shape, link="shards", proof="lattice", **at, **fields)

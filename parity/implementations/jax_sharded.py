@@ -42,7 +42,7 @@ class JaxSharded:
         held = _cut([layer.adapter for layer in layers], place.world)
         state = None
         for step in range(1, case.steps + 1):
-            gradient = _gradients(case, layers, place.world, step - 1)
+            gradient = _gradients(case, layers, step - 1)
             yield from _shards(gradient, layers, step, "gradient")
             held, state = training.sgd_momentum(held, gradient, state, lr=case.learning_rate, momentum=case.momentum)
             yield from _shards(held, layers, step, "parameter")
@@ -79,11 +79,10 @@ def stack_layers(case: Case) -> list[Layer]:
     return layers
 
 
-def _gradients(case: Case, layers: list[Layer], world: int, step: int) -> Rows:
+def _gradients(case: Case, layers: list[Layer], step: int) -> Rows:
     """Each rank's rows of the mean gradient."""
-    dealt = [batches(case, rank)[step] for rank in range(world)]
     if case.strategy == UNSHARDED:
-        x, G = (jnp.asarray(part) for part in dealt[0])
+        x, G = (jnp.asarray(part) for part in batches(case, 0)[step])
         parts = (
             [layer.adapter for layer in layers],
             [layer.weight for layer in layers],
@@ -91,10 +90,17 @@ def _gradients(case: Case, layers: list[Layer], world: int, step: int) -> Rows:
         )
         whole = gradients(*(tuple(part) for part in parts), x, G, scaling=layers[0].scaling, activation=case.activation)
         return [list(whole)]
-    longest = max(len(x) for x, _ in dealt)
-    x_NTI, G_NTO = (jnp.asarray(np.stack([_padded(batch[part], longest) for batch in dealt])) for part in (0, 1))
+    x_NTI, G_NTO = padded_batches(case, step)
     _, rows = fsdp.sharded_gradients(x_NTI, layers, G_NTO=G_NTO, relu=case.activation == "relu")
     return rows
+
+
+def padded_batches(case: Case, step: int) -> tuple[jax.Array, jax.Array]:
+    """Each data rank's `(x, G)` of a step, as long as the longest."""
+    dealt = [batches(case, rank)[step] for rank in range(case.input_world)]
+    longest = max(len(x) for x, _ in dealt)
+    x_NTI, G_NTO = (jnp.asarray(np.stack([_padded(batch[part], longest) for batch in dealt])) for part in (0, 1))
+    return x_NTI, G_NTO
 
 
 def _padded(tokens: np.ndarray, longest: int) -> np.ndarray:

@@ -20,6 +20,7 @@ TORCH_IMPLEMENTATIONS = {
 
 JAX_IMPLEMENTATIONS = {
     "jax": "parity.implementations.jax_sharded:JaxSharded",
+    "jax-mesh": "parity.implementations.jax_mesh:JaxMesh",
     "closed-form": "parity.implementations.jax_algebra:ClosedForm",
     "differences": "parity.implementations.jax_algebra:Differences",
 }

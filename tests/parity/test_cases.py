@@ -22,7 +22,6 @@ WITHOUT_CASES = {
     "D10": "merging is an operation on a layer, not a step of training",
     "Q7": "a refusal gives no shard to compare",
     "Q8": "a refusal gives no shard to compare",
-    "S10": "no strategy cuts a layer for tensor parallelism yet",
     "C1": "a file of adapters is no shard",
     "C2": "a file of adapters is no shard",
     "C3": "a refusal gives no shard to compare",

@@ -51,6 +51,11 @@ def test_whole_copies_are_refused_where_one_is_wanted():
     assert missing(rows(0, 4), rows(0, 4, rank=1), copies=1) == ["coverage: 12 of 12 elements on 2 ranks, wanted 1"]
 
 
+def test_whole_copies_are_allowed_where_nothing_is_declared():
+    """Who declares no units may leave a tensor whole on every rank."""
+    assert missing(rows(0, 4), rows(0, 4, rank=1)) == []
+
+
 def test_replicas_hold_each_element_as_often():
     """S9: two rows of two ranks hold every element twice."""
     held = [rows(0, 2), rows(2, 4, rank=1), rows(0, 2, rank=2), rows(2, 4, rank=3)]
