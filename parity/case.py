@@ -7,6 +7,7 @@ rebuild the case's inputs is in the case itself, so a case identifier and a seed
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,7 +50,9 @@ class Case:
     rank: int = 4
     """The adapter's inner size r."""
     alpha: float = 4.0
-    """D1: scaling is alpha / rank."""
+    """D1: the numerator of the scaling."""
+    rank_stabilized: bool = False
+    """D1: whether the denominator is the rank's root."""
     tokens: int = 24
     """Tokens of all ranks together; they are dealt unevenly."""
     base: Base = "float32"
@@ -112,7 +115,7 @@ class Case:
 
     def _features(self) -> list[str]:
         """The identifier's last part: what departs from the plain case."""
-        flags = ("bias", "zero_rows", "hard_rows", "ties", "zero_b", "batched", "faint", "late", "recompute")
+        flags = ("rank_stabilized", "bias", "zero_rows", "hard_rows", "ties", "zero_b", "batched", "faint", "late")
         named = {
             "": self.activation if self.activation != "identity" else "",
             "wire-": self.param_dtype,
@@ -123,7 +126,7 @@ class Case:
             "resume-": self.resume,
         }
         return [
-            *(name for name in flags if getattr(self, name)),
+            *(name for name in (*flags, "recompute") if getattr(self, name)),
             *(f"{words}{value}" for words, value in named.items() if value),
         ]
 
@@ -131,6 +134,11 @@ class Case:
     def has_twin(self) -> bool:
         """Whether its shards are compared with another run of the same implementation, and not with the oracle."""
         return self.link == "shards" or (self.link == "training" and (self.world > 1 or self.proof == "one-hot"))
+
+    @property
+    def scaling(self) -> float:
+        """D1, as inputs need it; the oracle has the specification's own."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     @property
     def learning_rate(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from parity.case import UNSHARDED, Case
@@ -32,7 +33,8 @@ def stack_case(shape: Shape, **fields: Any) -> Case:
     scaling = shape.scaling
     if fields["proof"] in {"lattice", "root"}:
         scaling = shape.packed_lattice_scaling if fields.get("base") == "nf4" else DENSE_LATTICE_SCALING
-    fields = {"rank": shape.rank, "alpha": scaling * shape.rank, **fields}
+    divisor = math.sqrt(shape.rank) if fields.get("rank_stabilized") else shape.rank
+    fields = {"rank": shape.rank, "alpha": scaling * divisor, **fields}
     return Case(model="stack", layers=shape.layers, shape_name=shape.name, clauses=tuple(clauses), **fields)
 
 

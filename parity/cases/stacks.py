@@ -45,6 +45,8 @@ def _unsharded() -> Iterator[Case]:
     for shape, base in product(SHAPES, ("float32", "nf4")):
         yield stack_case(shape, link="frameworks", proof="lattice", base=base)
     yield from (stack_case(UNEVEN, link="frameworks", proof="lattice", **features) for features in _FEATURES)
+    for proof in ("lattice", "bound"):
+        yield stack_case(UNEVEN, link="frameworks", proof=proof, rank_stabilized=True)
     for shape, (base, compute) in product(SHAPES, _PRECISIONS):
         yield stack_case(shape, link="frameworks", proof="bound", base=base, compute=compute, steps=2)
     for features in _FEATURES:

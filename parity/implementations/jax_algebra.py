@@ -32,7 +32,9 @@ class _OneLayer:
         (weight,), _, (adapter,) = stack_arrays(case)
         inputs = stack_inputs(case)
         x, G = (jnp.asarray(inputs[name], dtype=jnp.float64) for name in ("x", "G"))
-        found = self.gradients(x, weight, adapter, G=G, scaling=dora.scaling(case.alpha, case.rank))
+        found = self.gradients(
+            x, weight, adapter, G=G, scaling=dora.scaling(case.alpha, case.rank, rank_stabilized=case.rank_stabilized)
+        )
         for factor in FACTORS:
             array = np.asarray(getattr(found, factor))
             yield Shard(

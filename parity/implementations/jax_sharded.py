@@ -63,7 +63,7 @@ def _starting_magnitudes(layers: list[Layer]) -> Iterator[Shard]:
 def stack_layers(case: Case) -> list[Layer]:
     """The stack in float32."""
     inputs = stack_inputs(case)
-    scaling = dora.scaling(case.alpha, case.rank)
+    scaling = dora.scaling(case.alpha, case.rank, rank_stabilized=case.rank_stabilized)
     layers = []
     for position in range(len(case.layers)):
         name = f"layers.{position}"

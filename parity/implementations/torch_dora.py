@@ -83,6 +83,7 @@ def dora_config(case: Case) -> DoraConfig:
     return DoraConfig(
         rank=case.rank,
         alpha=case.alpha,
+        rank_stabilized=case.rank_stabilized,
         target_modules="all-linear",
         quant="nf4" if case.base == "nf4" else None,
         compute_dtype=DTYPES[case.compute],

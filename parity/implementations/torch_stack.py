@@ -50,6 +50,8 @@ class TorchStack:
     strategies: tuple[str, ...] = (UNSHARDED,)
     bases: tuple[str, ...] = ("float32",)
     computes: tuple[str, ...] = ("float32",)
+    scalings: tuple[str, ...] = ("by the rank",)
+    """Add `rank-stabilised` where `case.rank_stabilized` is heeded (D1)."""
     links: tuple[str, ...] = ("algebra", "shards", "frameworks")
     """Add `training` where the loop's way to accumulate, clip, save and load is what you want to put to the proof."""
 
@@ -70,6 +72,7 @@ class TorchStack:
             ("strategy", case.strategy, self.strategies),
             ("base", case.base, self.bases),
             ("compute", case.compute, self.computes),
+            ("scaling", "rank-stabilised" if case.rank_stabilized else "by the rank", self.scalings),
         ):
             if value not in known:
                 return f"its {what} {value!r} is not declared by {type(self).__name__}"

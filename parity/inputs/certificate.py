@@ -66,7 +66,7 @@ class _Ledger:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.scaling = case.alpha / case.rank
+        self.scaling = case.scaling
         self.units: dict[str, float] = {}
         self.allowed: dict[str, float] = {}
 
@@ -132,7 +132,7 @@ def _absolute_layer(case: Case, arrays: dict[str, np.ndarray], position: int) ->
     """One layer's absolute values, with its norm n (a power of two, or 0) and its ratio c = m / n."""
     prefix = f"layers.{position}."
     layer = {k.removeprefix(prefix): v.astype(np.float64) for k, v in arrays.items() if k.startswith(prefix)}
-    V = layer["weight"] + case.alpha / case.rank * (layer["lora_B"] @ layer["lora_A"])
+    V = layer["weight"] + case.scaling * (layer["lora_B"] @ layer["lora_A"])
     norm = np.sqrt((V**2).sum(1))
     if np.any(np.frexp(norm[norm > 0])[0] != 0.5):  # noqa: PLR2004 - a power of two has mantissa 1/2
         raise LatticeNotExact(f"{case.id}: layer {position} has a norm that is no power of two")
@@ -154,7 +154,7 @@ def _require_equal_blocks(case: Case, weight: np.ndarray, position: int) -> None
 def require_exact_squares(case: Case, layer: dict[str, np.ndarray], position: int) -> None:
     """n^2 is an integer whose absolute terms, in the factored form (D13), add up to less than 2^24."""
     weight, lora_A, lora_B = (np.abs(layer[name]).astype(np.float64) for name in ("weight", "lora_A", "lora_B"))
-    scaling = case.alpha / case.rank
+    scaling = case.scaling
     reach = (weight**2).sum(1) + 2 * scaling * ((weight @ lora_A.T) * lora_B).sum(1)
     reach += scaling**2 * ((lora_B @ (lora_A @ lora_A.T)) * lora_B).sum(1)
     if reach.max() >= 2.0**_FLOAT32_BITS:

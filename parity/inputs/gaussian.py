@@ -41,9 +41,7 @@ def _layer(case: Case, generator: np.random.Generator, *, fan_in: int, fan_out: 
         lora_B[::5] = 0.0
     if case.hard_rows:
         _make_rows_hard(case, weight, lora_A=lora_A, lora_B=lora_B)
-    norm = np.linalg.norm(
-        weight.astype(np.float64) + case.alpha / case.rank * (lora_B.astype(np.float64) @ lora_A), axis=1
-    )
+    norm = np.linalg.norm(weight.astype(np.float64) + case.scaling * (lora_B.astype(np.float64) @ lora_A), axis=1)
     layer = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B}
     layer["magnitude"] = _held((norm + (norm == 0)) * (1.0 + 0.1 * generator.standard_normal(fan_out)), "float32")
     if case.bias:
@@ -56,7 +54,7 @@ def _make_rows_hard(case: Case, weight: np.ndarray, *, lora_A: np.ndarray, lora_
     for row, power in ((1, -84), (2, 80)):
         weight[row::4] *= np.float32(2.0**power)
         lora_B[row::4] *= np.float32(2.0**power)
-    update = case.alpha / case.rank * (lora_B[3::4].astype(np.float64) @ lora_A)
+    update = case.scaling * (lora_B[3::4].astype(np.float64) @ lora_A)
     weight[3::4] = _held(1e-3 * weight[3::4] - update, case.base)
 
 

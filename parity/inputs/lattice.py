@@ -16,6 +16,8 @@ from parity.case import Case
 from parity.errors import LatticeNotExact
 from parity.inputs.certificate import certify, require_exact_squares
 
+_WIDE = 2.0
+"""A scaling beyond which an update has one tap a row: s^2 a tap must leave room in the square."""
 _ATTEMPTS = 64
 """Draws before a case is called impossible; one in a few succeeds where any does."""
 
@@ -78,7 +80,7 @@ def _make_rows_hard(case: Case, layer: dict[str, np.ndarray]) -> None:
     for row, power in ((1, -84), (2, 80)):
         weight[row::4] *= 2.0**power
         lora_B[row::4] *= 2.0**power
-    cancelling = case.alpha / case.rank * (lora_B @ layer["lora_A"])[3::4]
+    cancelling = case.scaling * (lora_B @ layer["lora_A"])[3::4]
     weight[3::4] = np.sign(weight[3::4]) * (np.arange(weight.shape[1]) % 7 == 0) - cancelling
     weight[3::4, 0] = 1.0 - cancelling[:, 0]
     layer["weight"], layer["lora_B"] = weight, lora_B
@@ -105,20 +107,20 @@ def _dense_layer(case: Case, generator: np.random.Generator, *, fan_in: int, fan
     lora_B = _signs(generator, (fan_out, case.rank), 0.0 if case.zero_b else 0.5)
     if case.zero_rows:
         V[::5] = 0.0
-    weight = V - case.alpha / case.rank * (lora_B @ lora_A)
+    weight = V - case.scaling * (lora_B @ lora_A)
     return _finish(case, generator, weight=weight, lora_A=lora_A, lora_B=lora_B)
 
 
 def _quantised_layer(case: Case, generator: np.random.Generator, *, fan_in: int, fan_out: int) -> dict[str, np.ndarray]:
     """W itself must be -1, 0 or 1 with every block's absmax 1, so V is steered through the overlap with A."""
     count = _square_count(fan_in)
-    taps = 1 if case.alpha > 2 * case.rank else max(1, min(2, count // 4))  # s^2 a tap must leave room in the square
+    taps = 1 if case.scaling > _WIDE else max(1, min(2, count // 4))
     lora_A = np.stack([_row(generator, fan_in, taps) for _ in range(case.rank)])
     lora_B = np.zeros((fan_out, case.rank))
     weight = np.stack([_row(generator, fan_in, count) for _ in range(fan_out)])
     for row in range(fan_out):
         tap, sign = int(generator.integers(case.rank)), float(generator.choice([-1.0, 1.0]))
-        update = case.alpha / case.rank * sign * lora_A[tap]
+        update = case.scaling * sign * lora_A[tap]
         overlapping = None if case.zero_b else _overlapping_row(generator, update, count)
         if overlapping is not None:
             lora_B[row, tap], weight[row] = sign, overlapping
@@ -142,7 +144,7 @@ def _overlapping_row(generator: np.random.Generator, update: np.ndarray, count: 
 
 def _finish(case: Case, generator: np.random.Generator, **layer: np.ndarray) -> dict[str, np.ndarray]:
     """Add the dyadic magnitudes and the bias."""
-    norm = np.linalg.norm(layer["weight"] + case.alpha / case.rank * (layer["lora_B"] @ layer["lora_A"]), axis=1)
+    norm = np.linalg.norm(layer["weight"] + case.scaling * (layer["lora_B"] @ layer["lora_A"]), axis=1)
     ratio = generator.choice([0.5, 1.0, 2.0], size=len(norm)) if case.compute != "bfloat16" else np.ones(len(norm))
     layer["magnitude"] = np.where(norm > 0, norm * ratio, 1.0)
     if case.bias:

@@ -35,7 +35,7 @@ def predict_network(case: Case, model: Path, offsets: Offsets) -> Predictions:
     config = checkpoint.LlamaConfig.from_json(model / "config.json")
     parameters, adapters, shifts = _network(case, model, config, offsets)
     arguments = (adapters, parameters, *_batch(case, model), jnp.float64(predicted_tokens(case, model)))
-    gradients = _gradients(model, dora.scaling(case.alpha, case.rank))
+    gradients = _gradients(model, dora.scaling(case.alpha, case.rank, rank_stabilized=case.rank_stabilized))
     exact, moved = responses(gradients, arguments, unit=_UNIT, seeds=_SEEDS)
     return shifts | {
         (1, "gradient", f"{name}.{factor}"): _prediction(getattr(exact[name], factor), getattr(moved[name], factor))
@@ -86,7 +86,9 @@ def _adapter(case: Case, name: str, weight: Array) -> Adapter:
     lora_A, lora_B = (
         jnp.asarray(factor, dtype=jnp.float64) for factor in adapter_factors(case, name, fan_in=fan_in, fan_out=fan_out)
     )
-    norm = dora.initial_magnitude(weight, lora_A, lora_B, scaling=dora.scaling(case.alpha, case.rank))
+    norm = dora.initial_magnitude(
+        weight, lora_A, lora_B, scaling=dora.scaling(case.alpha, case.rank, rank_stabilized=case.rank_stabilized)
+    )
     magnitude = starting_magnitude(np.asarray(norm))
     return Adapter(lora_A, lora_B, jnp.asarray(magnitude, dtype=jnp.float64))
 

@@ -44,7 +44,7 @@ def predict_stack(case: Case) -> Predictions:
 def predict_start(case: Case) -> Predictions:
     """D6: each layer's magnitude before any step, with the bound of a float32 norm."""
     weights, _, adapters = stack_arrays(case)
-    scaling = dora.scaling(case.alpha, case.rank)
+    scaling = dora.scaling(case.alpha, case.rank, rank_stabilized=case.rank_stabilized)
     predictions: Predictions = {}
     for position, (weight, adapter) in enumerate(zip(weights, adapters, strict=True)):
         value = dora.initial_magnitude(weight, adapter.lora_A, adapter.lora_B, scaling=scaling)
@@ -114,7 +114,10 @@ def _train(case: Case, *, norm_gradient: NormGradient = "constant", magnitude_dt
     inputs = stack_inputs(case)
     weights, biases, adapters = stack_arrays(case)
     x_TI, G_TO = _float64(inputs["x"]), _float64(inputs["G"])
-    options = {"scaling": dora.scaling(case.alpha, case.rank), "activation": case.activation}
+    options = {
+        "scaling": dora.scaling(case.alpha, case.rank, rank_stabilized=case.rank_stabilized),
+        "activation": case.activation,
+    }
     state, tensors = None, {}
     for step in range(1, case.steps + 1):
         seen = tuple(
@@ -163,7 +166,7 @@ def _bounds(case: Case) -> dict:
         layers,
         inputs["x"].astype(np.float64),
         inputs["G"].astype(np.float64),
-        scaling=dora.scaling(case.alpha, case.rank),
+        scaling=dora.scaling(case.alpha, case.rank, rank_stabilized=case.rank_stabilized),
         activation=case.activation,
         precision=_PRECISIONS[case.compute],
         rule=bounds.Rule(
@@ -180,7 +183,9 @@ def _bounds(case: Case) -> dict:
     )
     tracked = {(at, kind, name): tensor for at, step in enumerate(steps, 1) for (name, kind), tensor in step.items()}
     if case.subject == "differences":
-        terms = _loss_terms(layers[0], inputs, scaling=dora.scaling(case.alpha, case.rank))
+        terms = _loss_terms(
+            layers[0], inputs, scaling=dora.scaling(case.alpha, case.rank, rank_stabilized=case.rank_stabilized)
+        )
         for factor, squares in terms.items():
             key = (1, "gradient", f"layers.0.{factor}")
             tracked[key] = bounds.summed(tracked[key], squares, terms=inputs["G"].size, unit=bounds.FLOAT64.unit)
