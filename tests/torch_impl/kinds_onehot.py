@@ -16,11 +16,12 @@ TARGETS = ("embed", "narrow", "picture", "volume", "wide", "head")
 class EveryKind(nn.Module):
     """Ids to numbers, by way of an embedding, convolutions in one to three dimensions, a Conv1D and a linear layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, as_peft: bool = False) -> None:
         super().__init__()
         self.embed = nn.Embedding(TOKENS, 8, padding_idx=2)
-        self.narrow = nn.Conv1d(8, 6, 3, padding="same", groups=2)
-        self.picture = nn.Conv2d(1, 3, (3, 2), padding=1, padding_mode="circular", bias=False)
+        self.narrow = nn.Conv1d(8, 6, 3, padding="same", groups=1 if as_peft else 2)
+        mode = "zeros" if as_peft else "circular"
+        self.picture = nn.Conv2d(1, 3, (3, 2), padding=1, padding_mode=mode, bias=False)
         self.volume = nn.Conv3d(3, 2, (1, 2, 1), stride=(1, 2, 1))
         self.wide = Conv1D(9, 7)
         self.norm = nn.LayerNorm(9)
@@ -34,11 +35,21 @@ class EveryKind(nn.Module):
         return self.head(self.norm(torch.tanh(self.wide(x))))
 
 
-def build(*, dtype: torch.dtype = torch.float32, **config: object) -> nn.Module:
-    """The same adapted model on every rank, with A and B off zero and magnitudes off their start."""
+def plain(*, as_peft: bool = False) -> EveryKind:
+    """The model below the adapters; `as_peft` has convolutions that peft adapts likewise."""
     torch.manual_seed(5)
+    return EveryKind(as_peft=as_peft)
+
+
+def build(*, dtype: torch.dtype = torch.float32, as_peft: bool = False, **config: object) -> nn.Module:
+    """The same adapted model on every rank, with A and B off zero and magnitudes off their start."""
     settings = {"rank": 2, "alpha": 3, "target_modules": TARGETS} | config
-    model = apply_dora(EveryKind().to(dtype), DoraConfig(**settings))
+    model = apply_dora(plain(as_peft=as_peft).to(dtype), DoraConfig(**settings))
+    return moved(model)
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """The model with every adapter off its start, peft's too."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora" in name:

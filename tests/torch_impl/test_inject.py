@@ -1,13 +1,16 @@
 """`apply_dora`: what it replaces, what it freezes, what it refuses."""
 
 import bitsandbytes
+import peft
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
-from torch_impl import DoraConfig, DoraLinear, PackedBase, apply_dora
-from torch_impl.errors import DtypeError, NonFiniteError, RankError, TargetError
+from torch_impl import DoraConfig, DoraLayer, DoraLinear, PackedBase, ShardConfig, apply_dora
+from torch_impl.errors import DtypeError, NonFiniteError, RankError, StorageError, TargetError
+from torch_impl.preflight import preflight
 
 
 class Two(nn.Module):
@@ -22,7 +25,7 @@ class Two(nn.Module):
 
 def dora_names(model: nn.Module) -> list[str]:
     """Names of the DoRA layers."""
-    return [name for name, module in model.named_modules() if isinstance(module, DoraLinear)]
+    return [name for name, module in model.named_modules() if isinstance(module, DoraLayer)]
 
 
 @pytest.mark.parametrize(
@@ -82,6 +85,87 @@ def test_targets_that_match_nothing_are_refused(targets: object) -> None:
     """The message names the targets, and layers that exist."""
     with pytest.raises(TargetError, match=r"match nothing.*up"):
         apply_dora(Two(), DoraConfig(rank=2, alpha=4, target_modules=targets))
+
+
+class Odd(nn.Module):
+    """Layers that can and can't be adapted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 6)
+        self.bounded = nn.Embedding(9, 6, max_norm=1.0)
+        self.counted = nn.Embedding(9, 6, scale_grad_by_freq=True)
+        self.scaled = ScaledEmbedding(9, 6)
+        self.conv = nn.Conv2d(4, 8, 3, groups=4)
+        self.up = nn.ConvTranspose1d(4, 4, 3)
+        self.old = Conv1D(6, 6)
+        self.linear = nn.Linear(6, 6)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An embedding that computes something else."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Look up, and double."""
+        return 2 * super().forward(ids)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")  # peft mends it
+def test_all_linear_takes_conv1d_and_no_other_kind() -> None:
+    """Linear layers and transformers' Conv1D, as peft has it."""
+    config = peft.LoraConfig(r=2, target_modules="all-linear")
+    theirs = [n for n, m in peft.get_peft_model(Odd(), config).base_model.model.named_modules() if hasattr(m, "lora_A")]
+
+    model = apply_dora(Odd(), DoraConfig(rank=2, alpha=4))
+
+    assert dora_names(model) == theirs == ["old", "linear"]
+
+
+REFUSED = {
+    "embedding-nf4": (
+        {"quant": "nf4"},
+        "table",
+        StorageError,
+        r"quant 'nf4' can't store table, a Embedding; target lin",
+    ),
+    "convolution-nf4": (
+        {"quant": "nf4"},
+        "conv",
+        StorageError,
+        "quant 'nf4' can't store conv, a Conv2d; target linear",
+    ),
+    "transposed": (
+        {},
+        "up",
+        TargetError,
+        r"up is a ConvTranspose1d; target nn\.Linear, Conv1D, nn\.Embedding or nn\.Co",
+    ),
+    "own-forward": ({}, "scaled", TargetError, "scaled is a ScaledEmbedding, whose forward is its own; leave it out"),
+    "max-norm": ({}, "bounded", TargetError, r"bounded has max_norm=1\.0; unset it"),
+    "by-frequency": ({}, "counted", TargetError, "counted has scale_grad_by_freq=True; unset it"),
+    "rank-of-group": (
+        {"rank": 10},
+        "conv",
+        RankError,
+        r"rank 10 is .* of conv, \(2, 9\) \(one of 4 groups\); use at most 9",
+    ),
+    "rank-of-table": ({"rank": 10}, "table", RankError, r"rank 10 is larger than both sides of table, \(6, 9\)"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_kind_cannot_take_is_refused_in_one_line(name: str) -> None:
+    """Value, place and mend, before anything is changed; preflight says the same."""
+    config, target, error, words = REFUSED[name]
+    made = DoraConfig(**({"rank": 2, "alpha": 4, "target_modules": ["linear", target]} | config))
+    model = Odd()
+
+    with pytest.raises(error, match=words) as caught:
+        apply_dora(model, made)
+    assert "\n" not in str(caught.value)
+    assert dora_names(model) == []
+    errors = [f for f in preflight(model, ShardConfig(), dora=made).findings if f.level == "error"]
+    assert any("apply_dora refuses it" in f.consequence and f.parameter.startswith(target) for f in errors)
 
 
 def test_a_target_that_is_no_linear_is_refused() -> None:
