@@ -36,9 +36,9 @@ class Costs:
     decoded: int
     """The largest dequantised weight, where bases are packed."""
     activations: int
-    """What DoRA layers keep for the backward pass at the given tokens a rank; nothing else's is counted."""
+    """The most that forward and backward hold, as rehearsed; 0 where no tokens were given, or none could be."""
     at_peak: int
-    """All of the above but for what is counted twice: an estimate."""
+    """Shards, buffers, moments, what is gathered, and the activations: an estimate of a step's fullest moment."""
     wire: int
     """Bytes that a rank sends in one step without accumulation; it receives as many."""
 
@@ -47,7 +47,7 @@ class Costs:
         return asdict(self)
 
 
-def costs(plan: Plan, shard: ShardConfig, *, world_size: int, size: int, tokens: int = 0) -> Costs:
+def costs(plan: Plan, shard: ShardConfig, *, world_size: int, size: int, activations: int = 0) -> Costs:
     """Count one strategy.
 
     Args:
@@ -55,7 +55,8 @@ def costs(plan: Plan, shard: ShardConfig, *, world_size: int, size: int, tokens:
         shard: the strategy.
         world_size: ranks.
         size: ranks that share one copy of the parameters (`torch_impl.sharding.shard_size`).
-        tokens: tokens that a rank takes at one time; 0 leaves activations out.
+        activations: what forward and backward hold (`torch_impl.rehearsal`), decoded weights and the adapters' whole
+            gradients included; 0 leaves them out.
 
     Returns:
         Rank 0's bytes.
@@ -66,7 +67,7 @@ def costs(plan: Plan, shard: ShardConfig, *, world_size: int, size: int, tokens:
     at_rest = parameters + plan.buffer_bytes + gradients * (1 + OPTIMIZER_COPIES)
     gathered = _gathered(plan) if size > 1 else 0
     decoded = max((_decoded(unit) for unit in plan.units), default=0)
-    activations = tokens * sum(_kept_per_token(unit) for unit in plan.units)
+    kept = at_rest - gradients  # there are none until the backward pass
     return Costs(
         parameters=parameters,
         buffers=plan.buffer_bytes,
@@ -76,7 +77,7 @@ def costs(plan: Plan, shard: ShardConfig, *, world_size: int, size: int, tokens:
         gathered=gathered,
         decoded=decoded,
         activations=activations,
-        at_peak=at_rest + gathered + decoded + activations,
+        at_peak=kept + gathered + (activations or decoded + gradients),
         wire=sum(_wire(unit, shard, world_size=world_size, size=size) for unit in plan.units),
     )
 
@@ -112,14 +113,6 @@ def _decoded(unit: Unit) -> int:
     if unit.weight_shape is None or unit.members[0].kind != "packed":
         return 0
     return unit.weight_shape[0] * unit.weight_shape[1] * 2
-
-
-def _kept_per_token(unit: Unit) -> int:
-    """Bytes of x and y0 for one token, in the base's dtype (two bytes where it is packed)."""
-    if unit.weight_shape is None:
-        return 0
-    itemsize = 2 if unit.members[0].kind == "packed" else unit.members[0].dtype.itemsize
-    return sum(unit.weight_shape) * itemsize
 
 
 def _whole_bytes(unit: Unit, shard: ShardConfig, *, size: int, gradients: bool = False) -> int:

@@ -112,6 +112,15 @@ def skeleton(folder: Path, *, dtype: torch.dtype | None) -> nn.Module:
     return model.train()
 
 
+def recompute_activations(model: Any) -> None:
+    """T5: keep each block's input alone, and run the block again in the backward pass; no bit changes."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:  # transformers before it was renamed
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Every parameter goes to meta as it is registered, so that no initialisation touches memory; buffers stay."""

@@ -16,9 +16,9 @@ import torch
 import tyro
 
 from torch_impl.config import ALL_LINEAR, DoraConfig, Method, QuantConfig, ShardConfig, Strategy
-from torch_impl.materialize import skeleton
+from torch_impl.materialize import recompute_activations, skeleton
 from torch_impl.options import Dtype, torch_dtype
-from torch_impl.preflight import Report, preflight
+from torch_impl.preflight import Report, preflights
 
 SCHEMA = 1
 _GIB = 2.0**30
@@ -60,6 +60,8 @@ class PreflightOptions:
     """Sequences of one rank in one forward, for the estimate of memory."""
     seq_len: int = 0
     """Tokens of one sequence; 0 leaves activations out."""
+    checkpoint_activations: bool = False
+    """Recompute activations in the backward pass."""
 
     @property
     def dora(self) -> DoraConfig:
@@ -90,11 +92,16 @@ def command(words: Sequence[str]) -> int:
     before, start = _peak(), time.perf_counter()
     with torch.device("meta"):
         model = skeleton(options.model, dtype=torch_dtype(options.dtype))
-    tokens = options.batch_size * options.seq_len
-    reports = [
-        preflight(model, shard, world_size=options.world_size, dora=options.dora, tokens=tokens)
-        for shard in options.shards()
-    ]
+    if options.checkpoint_activations:
+        recompute_activations(model)
+    reports = preflights(
+        model,
+        options.shards(),
+        world_size=options.world_size,
+        dora=options.dora,
+        batch_size=options.batch_size,
+        seq_len=options.seq_len,
+    )
     seconds, memory = time.perf_counter() - start, _peak() - before
     sys.stdout.write("\n".join([*_lines(options, reports), f"judged in {seconds:.1f} s"]) + "\n")
     if options.json is not None:
@@ -118,7 +125,7 @@ def _lines(options: PreflightOptions, reports: list[Report]) -> list[str]:
         rest, peak, wire = (
             f"{n / _GIB:.3f} GiB" for n in (report.costs.at_rest, report.costs.at_peak, report.costs.wire)
         )
-        without = "" if options.seq_len else " without activations"
+        without = "" if report.costs.activations else " without activations"
         lines += [
             f"{report.strategy} on {report.world_size} ranks: {verdict}",
             f"  units: {', '.join(f'{count} {rule}' for rule, count in report.units.items())}",

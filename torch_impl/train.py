@@ -22,7 +22,7 @@ from torch_impl.accumulation import backpropagate
 from torch_impl.adapter_files import save_adapter
 from torch_impl.data import Batch, Dealer, collate, held_out, read_documents, sequences
 from torch_impl.errors import CheckpointError, DataError, OptionError
-from torch_impl.materialize import materialize
+from torch_impl.materialize import materialize, recompute_activations
 from torch_impl.options import TrainOptions, torch_dtype
 from torch_impl.phases import Phases
 from torch_impl.report import Report
@@ -118,7 +118,7 @@ def _started(options: TrainOptions, phases: Phases, *, resume: bool) -> Run:
         )
         model.config.use_cache = False
         if options.checkpoint_activations:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_activations(model)
         if torch.cuda.is_available() and not options.cpu_offload:
             model = model.cuda()
     with phases.phase("shard"):

@@ -229,6 +229,7 @@ def test_405b_on_16384_ranks_in_ten_seconds_and_a_gigabyte(tmp_path: Path) -> No
     )
     config.save_pretrained(tmp_path)
     flags = ["--quant", "nf4", "--rank", "16", "--world-size", "16384", "--json", str(tmp_path / "report.json")]
+    flags += ["--seq-len", "8192"]
     command = [sys.executable, "-m", "torch_impl", "preflight", "--model", str(tmp_path / "config.json"), *flags]
 
     subprocess.run(command, check=True, capture_output=True)  # noqa: S603 - our own command
@@ -237,3 +238,4 @@ def test_405b_on_16384_ranks_in_ten_seconds_and_a_gigabyte(tmp_path: Path) -> No
     assert report["seconds"] < 10
     assert report["memory_over_imports"] < 2**30
     assert report["strategies"][0]["parameters"]["total"] > 405e9
+    assert report["strategies"][0]["bytes"]["activations"] > 126 * 8192 * 16384
