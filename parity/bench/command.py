@@ -26,6 +26,8 @@ def run_bench(keep: str, json: Path | None, plot: Path | None, console: Console)
     rows: list[Row] = []
     environment = describe("cpu")
     _write(json, environment, rows, complete=False)  # a place that cannot be written is known at once
+    if plot:
+        draw(rows, plot)
     for group, names in chosen.items():
         console.print(f"{group}: {', '.join(names)}", style="dim")
         for row in measure(group):

@@ -9,7 +9,7 @@ HOLDS, FALLS_SHORT = "#2a7f62", "#b3352d"
 
 
 def draw(rows: list[Row], place: Path) -> None:
-    """Write an image in the format that the name's ending says (svg, png, pdf).
+    """Write an image in the format that the name's ending says (svg, png, pdf); empty axes where there is no row yet.
 
     Raises:
         CannotRun: it cannot be written there.
@@ -18,13 +18,13 @@ def draw(rows: list[Row], place: Path) -> None:
 
     figure = Figure(figsize=(8, 0.42 * len(rows) + 1.1), layout="constrained")
     axes = figure.subplots()
-    for place_, row in enumerate(rows):
-        axes.barh(place_, row.ratio, height=0.6, color=HOLDS if row.holds else FALLS_SHORT)
-        axes.plot([row.limit] * 2, [place_ - 0.4, place_ + 0.4], color="black", linewidth=2)
-        axes.text(max(row.ratio, row.limit) + 0.02, place_, f"{row.ratio:.2f} of {row.limit:.2f}", va="center")
+    for height, row in enumerate(rows):
+        axes.barh(height, row.ratio, height=0.6, color=HOLDS if row.holds else FALLS_SHORT)
+        axes.plot([row.limit] * 2, [height - 0.4, height + 0.4], color="black", linewidth=2)
+        axes.text(max(row.ratio, row.limit) + 0.02, height, f"{row.ratio:.2f} of {row.limit:.2f}", va="center")
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.2 * max(max(row.ratio, row.limit) for row in rows))
+    axes.set_xlim(0, 1.2 * max([1.0, *(row.ratio for row in rows), *(row.limit for row in rows)]))
     axes.set_xlabel("ours / peer, median of the rounds' ratios; the black mark is the limit")
     axes.spines[["top", "right"]].set_visible(False)
     try:
