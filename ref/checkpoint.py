@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
-from ref.types import InputError
+from ref.types import InputError, PackedWeight
 
 ROPE_TYPES: Final = ("default", "linear", "llama3")
 """The kinds of rotary position that `llama.inverse_frequencies` knows."""
@@ -111,8 +111,9 @@ class Parameters:
     embedding: Float[Array, "V D"]
     """A row for each token."""
 
-    layers: dict[str, Float[Array, "L ..."]]
-    """By the name inside a layer ("self_attn.q_proj.weight"), all layers stacked along the first axis."""
+    layers: dict[str, Float[Array, "L ..."] | PackedWeight]
+    """By the name inside a layer ("self_attn.q_proj.weight"), all layers stacked along the first axis; a linear weight
+    may be packed in four bits."""
 
     norm: Float[Array, " D"]
     """The weight of the last norm."""
@@ -262,12 +263,15 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
         return stream.get_tensor(name)
 
 
-def by_name(parameters: Parameters) -> dict[str, Array]:
+def by_name(parameters: Parameters) -> dict[str, Any]:
     """Parameters, or their gradient, under their Hugging Face names, no longer stacked."""
-    named = {"model.embed_tokens.weight": parameters.embedding, "model.norm.weight": parameters.norm}
+    named: dict[str, Any] = {"model.embed_tokens.weight": parameters.embedding, "model.norm.weight": parameters.norm}
     if parameters.head is not None:
         named["lm_head.weight"] = parameters.head
     for name, stacked in parameters.layers.items():
-        named |= {f"model.layers.{layer}.{name}": stacked[layer] for layer in range(stacked.shape[0])}
+        named |= {
+            f"model.layers.{layer}.{name}": jax.tree.map(lambda array, layer=layer: array[layer], stacked)
+            for layer in range(jax.tree.leaves(stacked)[0].shape[0])
+        }
 
     return named

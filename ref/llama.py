@@ -9,7 +9,8 @@ G heads that share one of those, E features of a head, F its frequencies, O out,
     logits_BSV = norm(h) head'
 
 Grouped-query attention: arXiv:2305.13245; rotary positions: arXiv:2104.09864; RMSNorm: arXiv:1910.07467; SwiGLU:
-arXiv:2002.05202. Clauses: D1 to D8 through `dora.forward`, D6 and Q4 through `with_weights`, T1 through `loss`.
+arXiv:2002.05202. Clauses: D1 to D8 through `dora.forward`, D6 through `with_weights`, Q4 through either that or a
+`PackedWeight` in place of a linear weight, which is decoded where it is used; T1 through `loss`.
 
 Layers of one kind are stacked along L and run by `lax.scan`, each computed again in the backward pass: thirty compile
 as fast as one. Arithmetic follows the parameters' dtype, and is at least float32 in norms, angles, softmax and loss.
@@ -28,9 +29,9 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
-from ref import dora
+from ref import dora, quant_fast
 from ref.checkpoint import LlamaConfig, Parameters
-from ref.types import Adapter, InputError
+from ref.types import Adapter, InputError, PackedWeight
 
 
 def loss(
@@ -86,7 +87,8 @@ def logits(
         tokens_BS: the inputs; position 0 first, attention causal.
         config: of the model.
         adapters: by the layer's Hugging Face name ("model.layers.0.self_attn.q_proj"); a linear layer that has one is
-            a DoRA layer (D2 to D8). A projection has one in every layer or in none, all of one rank.
+            a DoRA layer (D2 to D8). A projection has one in every layer or in none, all of one rank. Or by the name
+            inside a layer ("mlp.up_proj"), stacked along L already, as `finetune.initial_adapters` gives them.
         scaling: D1, of all adapters.
         inverse_frequencies_F: in place of `inverse_frequencies(config)`.
 
@@ -97,7 +99,7 @@ def logits(
     rotation = _rotation(tokens_BS.shape[1], frequencies_F, parameters.norm.dtype)
     stacked = _stacked_adapters(adapters or {}, parameters)
 
-    def block(h_BSD: Array, slices: tuple[dict[str, Array], dict[str, Adapter]]) -> tuple[Array, None]:
+    def block(h_BSD: Array, slices: tuple[dict[str, Any], dict[str, Adapter]]) -> tuple[Array, None]:
         layer = _Layer(*slices, scaling=scaling, config=config)
         return layer.feed_forward(layer.attention(h_BSD, rotation)), None
 
@@ -112,7 +114,7 @@ def logits(
 class _Layer:
     """One decoder block: its tensors and adapters by the name inside it."""
 
-    tensors: dict[str, Array]
+    tensors: dict[str, Array | PackedWeight]
     adapters: dict[str, Adapter]
     scaling: float
     config: LlamaConfig
@@ -120,6 +122,7 @@ class _Layer:
     def linear(self, x_BSI: Float[Array, "B S I"], name: str) -> Float[Array, "B S O"]:
         """Give x W' + b, or the DoRA layer where there is an adapter (D8)."""
         W_OI, bias_O = self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias")
+        W_OI = quant_fast.decode(*W_OI, dtype=x_BSI.dtype) if isinstance(W_OI, PackedWeight) else W_OI
         if name not in self.adapters:
             y_BSO = x_BSI @ W_OI.T
             return y_BSO if bias_O is None else y_BSO + bias_O[None, None, :]
@@ -233,8 +236,10 @@ def with_weights(parameters: Parameters, weights: Mapping[str, Float[Array, "O I
 
 def _stacked_adapters(adapters: Mapping[str, Adapter], parameters: Parameters) -> dict[str, Adapter]:
     """The adapters of each projection, stacked along L."""
-    stacked = {}
-    for name, chosen in _by_projection(adapters, _count(parameters), parameters.layers).items():
+    projections = {name.removesuffix(".weight") for name in parameters.layers if name.endswith("_proj.weight")}
+    stacked = {name: adapter for name, adapter in adapters.items() if name in projections}
+    single = {name: adapter for name, adapter in adapters.items() if name not in stacked}
+    for name, chosen in _by_projection(single, _count(parameters), parameters.layers).items():
         gaps = [f"model.layers.{layer}.{name}" for layer, adapter in enumerate(chosen) if adapter is None]
         if gaps:
             raise InputError(

@@ -170,7 +170,7 @@ def encode(
     encoder = PROFILES[profile]
 
     q_N, absmax_S = encoder.nibbles(W_N, block_absmax(W_N, blocksize), blocksize, CODES[quant_type])
-    stored_S, nested_state = _encode_scales(absmax_S, offset, encoder) if nested else (absmax_S, None)
+    stored_S, nested_state = encode_scales(absmax_S, offset, encoder) if nested else (absmax_S, None)
 
     state = QuantState(
         absmax=jnp.asarray(stored_S),
@@ -183,7 +183,7 @@ def encode(
     return pack(jnp.asarray(q_N), quant_type=quant_type), state
 
 
-def _encode_scales(
+def encode_scales(
     absmax_S: NDArray[np.float32], offset: float | None, encoder: Encoder
 ) -> tuple[NDArray[np.uint8], NestedState]:
     """Q6: the scales less their mean, in blocks of 256 with a scale each, as 8-bit codes of the dynamic map."""

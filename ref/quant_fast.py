@@ -19,13 +19,23 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, UInt8
 
 from ref.codebooks import NF4_CODE
-from ref.encoders import SMALLEST_SCALE
-from ref.quant import BLOCKSIZES, QuantizationError, decode_absmax, pack, require_scales, rounded_product
+from ref.encoders import PROFILES, SMALLEST_SCALE
+from ref.quant import (
+    BLOCKSIZES,
+    QuantizationError,
+    decode_absmax,
+    encode_scales,
+    pack,
+    require_scales,
+    rounded_product,
+)
 from ref.types import QuantState
 
 
-def encode_nf4(W: Float[Array, "..."], *, blocksize: int = 64) -> tuple[UInt8[Array, " P"], QuantState]:
-    """Q5: `quant.encode(W, profile="bnb-cpu")`, compiled once a shape.
+def encode_nf4(
+    W: Float[Array, "..."], *, blocksize: int = 64, nested: bool = False
+) -> tuple[UInt8[Array, " P"], QuantState]:
+    """Q5: `quant.encode(W, profile="bnb-cpu", nested=nested)`, compiled once a shape; nested scales are coded by it.
 
     Raises:
         QuantizationError: a value that is not finite (Q7), an empty weight, another dtype or an unknown blocksize.
@@ -40,9 +50,12 @@ def encode_nf4(W: Float[Array, "..."], *, blocksize: int = 64) -> tuple[UInt8[Ar
         raise QuantizationError(
             f"a value from index {block * blocksize} on, in row-major order, is not finite", hint="mend the weight"
         )
+    stored_S, state = encode_scales(np.asarray(absmax_S), None, PROFILES["bnb-cpu"]) if nested else (absmax_S, None)
     code = jnp.asarray(NF4_CODE)
 
-    return packed, QuantState(absmax_S, code, None, blocksize=blocksize, shape=W.shape, dtype=str(W.dtype))
+    return packed, QuantState(
+        jnp.asarray(stored_S), code, state, blocksize=blocksize, shape=W.shape, dtype=str(W.dtype)
+    )
 
 
 @partial(jax.jit, static_argnames="blocksize")

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,23 +36,13 @@ from ref.checkpoint import (
     tensor_shapes,
 )
 from ref.layouts import packed_shape
-from ref.types import NestedState, QuantState
+from ref.types import NestedState, PackedWeight, QuantState
 
 STATE: Final = ".quant_state.bitsandbytes__"
 """What stands between a weight's name and its codebook's in the name of its JSON."""
 
 ITEMSIZES: Final = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
 """Q3: the storages of packed bytes, and how many bytes an item of each has."""
-
-
-class PackedWeight(NamedTuple):
-    """Q4: one weight as it is stored."""
-
-    packed: Array
-    """The bytes, two elements each."""
-
-    state: QuantState
-    """How to decode them."""
 
 
 @dataclass(frozen=True)

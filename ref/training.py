@@ -176,6 +176,13 @@ class AdamState:
     """The running mean of their squares."""
 
 
+def adam_start(parameters: PyTree) -> AdamState:
+    """T3: no step taken: zeros in the shape of the parameters, and placed as they are."""
+    first, second = (jax.tree.map(jnp.zeros_like, parameters) for _ in range(2))  # two: a jitted step may reuse each
+
+    return AdamState(jnp.zeros((), jnp.int32), first, second)
+
+
 def adamw(
     parameters: Tree,
     gradients: Tree,
@@ -194,8 +201,7 @@ def adamw(
     `state` is None before the first step. (Not optax's: strict dtype promotion refuses its correction, which takes the
     difference 1 - b2^k in the parameters' dtype besides, and so loses ten bits of it in float32.)
     """
-    zeros = jax.tree.map(jnp.zeros_like, parameters)
-    state = AdamState(jnp.zeros((), jnp.int32), zeros, zeros) if state is None else state
+    state = adam_start(parameters) if state is None else state
     count, (b1, b2) = state.count + 1, betas
     first = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.first, gradients)
     second = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * (g * g), state.second, gradients)

@@ -12,7 +12,7 @@ Clauses: D1 to D3 (adapter), Q1, Q6 (quant state), G1 (gradients).
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, no_type_check
+from typing import Literal, NamedTuple, TypeAlias, no_type_check
 
 from jax import Array
 from jax.tree_util import register_dataclass
@@ -111,6 +111,16 @@ class QuantState:
 
     dtype: str = field(default="float32", metadata={"static": True})
     """The name of the dtype that the weight had, and that decoding gives when no other is asked for."""
+
+
+class PackedWeight(NamedTuple):
+    """Q4: one weight as it is stored; or those of many layers, their arrays stacked."""
+
+    packed: Array
+    """The bytes, two elements each."""
+
+    state: QuantState
+    """How to decode them."""
 
 
 @register_dataclass
