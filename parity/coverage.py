@@ -16,6 +16,8 @@ from parity.layout import LayoutQuestion, Layouts
 from parity.oracle.prediction import Key
 from parity.shard import Shard, describe_index
 
+EVERYWHERE = ("offset",)
+"""Kinds of shard that are the whole of a quant state: every rank has it (S6)."""
 HeldBy = Callable[[int], int]
 """From a step to the number of ranks that hold each element after it."""
 
@@ -31,7 +33,8 @@ def missing_elements(shards: Iterable[Shard], expectations: Expectations, held_b
     for shard in shards:
         if shard.key in held:
             _count(held[shard.key], shard)
-    faults = ((key, _fault(counts, held_by and held_by(key[0]))) for key, counts in sorted(held.items()))
+    copies = {key: None if key[1] in EVERYWHERE or not held_by else held_by(key[0]) for key in held}
+    faults = ((key, _fault(counts, copies[key])) for key, counts in sorted(held.items()))
     return [_failure(key, -1, f"coverage: {said}", worst=float(lost)) for key, (lost, said) in faults if lost]
 
 
