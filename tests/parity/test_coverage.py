@@ -140,8 +140,10 @@ def test_the_question_asks_for_parameters_at_start():
 def test_a_quant_state_is_on_every_rank():
     """S6: what all ranks need to decode their bytes is not cut, and having it everywhere is no fault."""
     key = (0, "offset", "layers.0")
-    whole = [Shard("layers.0", "offset", 0, (), (), np.float32(1.5).reshape(()), rank) for rank in range(2)]
-    wanted = {key: Expected(value=whole[0].array, mode="bitwise")}
+    array = np.array(1.5, dtype=np.float32)
+    parts = {"name": "layers.0", "kind": "offset", "step": 0, "global_shape": (), "index": (), "array": array}
+    whole = [Shard(**parts, rank=rank) for rank in range(2)]
+    wanted = {key: Expected(value=array, mode="bitwise")}
 
     assert missing_elements(whole, wanted, lambda _: 1) == []
     assert [check.mode for check in missing_elements([], wanted, lambda _: 1)] == [
