@@ -5,7 +5,7 @@ Ours and a peer's take turns in one process, on one thread; a row says whether t
 measure.py    a row; taking turns; the median of ratios
 linear.py     one 4096 x 4096 layer               network.py   training steps of SmolLM2
 prepare.py    adding the adapters                 memory.py    the peaks of whole processes
-jax_rows.py   the codec in JAX against bitsandbytes, and a step in JAX against PyTorch's
+jax_rows.py   the codec in JAX against bitsandbytes
 groups.py     a process a group                   command.py   the verb
     picture.py    the rows as bars
 """

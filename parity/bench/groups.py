@@ -26,6 +26,7 @@ GROUPS = {
     ),
     "prepare": ("prepare-qdora/qlora", "prepare-qdora/peft"),
     "memory": ("memory-dora/lora",),
+    "jax_rows": ("nf4-encode/bnb", "nf4-decode/bnb"),
 }
 """Each group's module in this package, and the rows that it gives, in their order."""
 SECONDS = 1200.0
