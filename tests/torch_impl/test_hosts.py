@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from small import write_model, write_text
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(480)]
 ADDRESSES = {"left": "10.213.7.1", "right": "10.213.7.2"}
 
 
@@ -64,7 +64,7 @@ def test_two_hosts_train_what_one_trains(tmp_path: Path, hosts: dict[str, str]) 
         wire = environment | {"GLOO_SOCKET_IFNAME": f"d{os.getpid()}{side[0]}"}
         jobs.append(subprocess.Popen([*here, "--out", str(tmp_path / "two")], env=wire, cwd=root))  # noqa: S603
     try:
-        assert [job.wait(100) for job in jobs] == [0, 0]
+        assert [job.wait(200) for job in jobs] == [0, 0]
     finally:
         for job in jobs:
             job.kill()
