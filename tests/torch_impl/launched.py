@@ -89,6 +89,64 @@ def kill_rank(rank: int, number: int = signal.SIGKILL) -> Callable[[int, dict[in
     return act
 
 
+def kill_in_the_load(rank: int) -> Callable[[int, dict[int, int]], int]:
+    """Kill one rank while it has a file of weights open."""
+
+    def act(_: int, ranks: dict[int, int]) -> int:
+        watched = psutil.Process(ranks[rank])
+        deadline = time.monotonic() + 60
+        while not any(file.path.endswith(".safetensors") for file in watched.open_files()):
+            assert time.monotonic() < deadline, "no load was caught under way"
+        os.kill(ranks[rank], signal.SIGKILL)
+        return ranks[rank]
+
+    return act
+
+
+def kill_in_a_collective(rank: int) -> Callable[[int, dict[int, int]], int]:
+    """Kill one rank while it waits for the other, which has been stopped and so can't answer."""
+
+    def act(_: int, ranks: dict[int, int]) -> int:
+        victim, other = ranks[rank], ranks[1 - rank]
+        os.kill(other, signal.SIGSTOP)
+        while not _sleeps(victim):
+            time.sleep(0.05)
+        os.kill(victim, signal.SIGKILL)
+        os.kill(other, signal.SIGCONT)
+        return victim
+
+    return act
+
+
+def _sleeps(process: int) -> bool:
+    """Whether none of its threads has used the processor for half a second."""
+    watched = psutil.Process(process)
+    before = watched.cpu_times()
+    time.sleep(0.5)
+    return watched.cpu_times()[:2] == before[:2]
+
+
+def kill_in_a_save(rank: int, folder: Path) -> Callable[[int, dict[int, int]], int]:
+    """Kill one rank while a checkpoint lies half-written: all are stopped first, to see that it still does."""
+
+    def act(_: int, ranks: dict[int, int]) -> int:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if any(folder.glob(".writing-*")):
+                for process in ranks.values():
+                    os.kill(process, signal.SIGSTOP)
+                caught = any(folder.glob(".writing-*"))
+                if caught:
+                    os.kill(ranks[rank], signal.SIGKILL)
+                for process in ranks.values():
+                    os.kill(process, signal.SIGCONT)
+                if caught:
+                    return ranks[rank]
+        raise AssertionError("no save was caught under way")
+
+    return act
+
+
 def signal_launcher(number: int) -> Callable[[int, dict[int, int]], int]:
     """Signal torchrun, or the lone process."""
 

@@ -7,20 +7,25 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+SMALL = 48
 
-def write_model(folder: Path, *, kind: str = "llama") -> Path:
-    """A model of some 30,000 parameters: `llama` (tied embeddings, grouped-query attention), or `gpt2`."""
+
+def write_model(folder: Path, *, kind: str = "llama", hidden: int = SMALL) -> Path:
+    """A model of some 30,000 parameters: `llama` (tied embeddings, grouped-query attention), or `gpt2`.
+
+    A `hidden` size of 768 makes it one of 20 million, which takes a while to load.
+    """
     torch.manual_seed(0)
     if kind == "llama":
         config = LlamaConfig(
-            vocab_size=257, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=0, bos_token_id=None,
+            vocab_size=257, hidden_size=hidden, intermediate_size=hidden * 3 // 2, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=0, bos_token_id=None,
         )  # fmt: skip
         model = LlamaForCausalLM(config)
     else:
         config = GPT2Config(vocab_size=257, n_embd=48, n_layer=2, n_head=4, n_positions=64, eos_token_id=0)
         model = GPT2LMHeadModel(config)
-    model.save_pretrained(folder, max_shard_size="40KB" if kind == "llama" else "5GB")
+    model.save_pretrained(folder, max_shard_size="40KB" if kind == "llama" and hidden == SMALL else "5GB")
     vocabulary = {"<eos>": 0} | {c: i + 1 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

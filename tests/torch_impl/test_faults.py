@@ -1,12 +1,14 @@
 """Under torchrun: lost ranks, a lost launcher, SIGTERM, hangs, restarts, unwritable places."""
 
+import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from launched import kill_rank, signal_launcher, watch
+from launched import kill_in_a_collective, kill_in_a_save, kill_in_the_load, kill_rank, signal_launcher, watch
 from safetensors.torch import load_file
 from small import write_model, write_text
 
@@ -25,29 +27,53 @@ def words(tmp_path: Path) -> Callable[..., list[str]]:
     def make(*more: str, steps: int = LONG, out: str = "out") -> list[str]:
         return [
             *("--model", str(tmp_path / "model"), "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / out)),
-            *("--steps", str(steps), "--save-every", "5", "--seq-len", "24", "--quant", "nf4", "--lr", "1e-3", *more),
+            *("--steps", str(steps), "--seq-len", "24", "--quant", "nf4", "--lr", "1e-3"),
+            *(more if "--save-every" in more else ("--save-every", "5", *more)),
         ]
 
     return make
 
 
-MOMENTS = {"load": "phase text", "step": "step 8/", "collective": "step 3/", "save": "step 5/"}
+@dataclass(frozen=True)
+class Moment:
+    """When a rank is killed, and in which phase its recorder must then say it was."""
+
+    until: str
+    act: Callable[[int, Path], Callable[[int, dict[int, int]], int]]
+    phase: str
+
+
+MOMENTS = {
+    "load": Moment("phase text", lambda rank, _: kill_in_the_load(rank), "load"),
+    "step": Moment("step 8/", lambda rank, _: kill_rank(rank), ""),
+    "collective": Moment("step 3/", lambda rank, _: kill_in_a_collective(rank), ""),
+    "save": Moment("step 5/", kill_in_a_save, "saving step "),
+}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("name", MOMENTS)
 def test_a_killed_rank_ends_the_job_and_is_named_last(
-    tmp_path: Path, words: Callable[..., list[str]], moment: str, rank: int
+    tmp_path: Path, words: Callable[..., list[str]], name: str, rank: int
 ) -> None:
-    """Within 30 s, non-zero, the last line names rank and process; nothing is left; the last checkpoint is whole."""
-    ending = watch(words(), until=MOMENTS[moment], act=kill_rank(rank))(tmp_path / "log", world=2)
+    """Within 30 s, non-zero, the last line names rank, process and phase; nothing is left; what was saved is whole."""
+    moment = MOMENTS[name]
+    if name == "load":
+        shutil.rmtree(tmp_path / "model")
+        write_model(tmp_path / "model", hidden=768)  # what takes a while to read and pack
+    act = moment.act(rank, tmp_path / "out" / "checkpoints")
+    ending = watch(words("--save-every", "1" if name == "save" else "5"), until=moment.until, act=act)(
+        tmp_path / "log", world=2
+    )
 
     assert ending.seconds < 30
     assert ending.status != 0
     assert ending.orphans == []
-    assert ending.lines[-1].startswith(f"rank {rank} (pid {ending.victim} on ")
+    last = ending.lines[-1]
+    assert last.startswith(f"rank {rank} (pid {ending.victim} on ")
+    assert f"was lost in {moment.phase}" in last
     place = checkpoint.newest(tmp_path / "out" / "checkpoints")
-    assert place is None or checkpoint.read_state(place)[1].step % 5 == 0
+    assert place is None or checkpoint.read_state(place)[1].step == int(place.name.removeprefix("step-"))
 
 
 def test_a_killed_launcher_takes_its_ranks_along(tmp_path: Path, words: Callable[..., list[str]]) -> None:
