@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from torch_impl.config import ALL_LINEAR, DoraConfig, Method, ShardConfig, Strategy
+from torch_impl.config import ALL_LINEAR, DoraConfig, Method, QuantConfig, ShardConfig, Strategy
 from torch_impl.errors import OptionError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -32,6 +32,8 @@ class TrainOptions:
     """dora or lora."""
     quant: Literal["none", "nf4"] = "none"
     """How the base weights are stored."""
+    quant_storage: Literal["bfloat16", "float16", "float32", "uint8"] = "bfloat16"
+    """What packed bytes are viewed as; --param-dtype must be the same, or auto (S6)."""
     strategy: Strategy = "fsdp2"
     """How parameters are sharded over the ranks."""
     shard_size: int | None = None
@@ -120,7 +122,7 @@ class TrainOptions:
             rank=self.rank,
             alpha=self.alpha,
             target_modules=targets,
-            quant=None if self.quant == "none" else "nf4",
+            quant=QuantConfig(quant_storage=getattr(torch, self.quant_storage)) if self.quant == "nf4" else None,
             rank_stabilized=self.rank_stabilized,
             compute_dtype=torch_dtype(self.compute_dtype),
             method=self.method,

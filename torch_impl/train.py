@@ -6,6 +6,7 @@ Clauses: S3, S5, S7, S12, T1 (token-mean loss, accumulation), T2, T3, T5, T6.
     a step: N_total over ranks and forwards -> each forward: world * sum / N_total, backward -> norm -> clip -> update
 """
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -30,7 +31,20 @@ from torch_impl.sharding import shard_model, shard_size
 
 # what a resumed run must share with the run that it continues
 _SAME = ("method", "quant", "rank", "alpha", "rank_stabilized", "target_modules", "optimizer", "dtype", "compute_dtype")
-_WARNED = ("seed", "seq_len", "packing", "schedule", "lr", "warmup_steps", "steps", "clip_norm", "weight_decay")
+_WARNED = (
+    "seed",
+    "seq_len",
+    "packing",
+    "schedule",
+    "lr",
+    "warmup_steps",
+    "steps",
+    "clip_norm",
+    "weight_decay",
+    "dropout",
+)
+# of an option that is newer than the checkpoint
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainOptions)}
 
 
 @dataclass
@@ -183,7 +197,7 @@ def _resume(run: Run) -> None:
 
 def _compare(run: Run, place: Path, facts: dict[str, Any]) -> None:
     """Refuse to continue another run; say what else has changed."""
-    then, now = facts["options"], run.facts["options"]
+    then, now = _DEFAULTS | facts["options"], run.facts["options"]
     differing = [name for name in _SAME if then[name] != now[name]]
     if facts["model"] != run.facts["model"]:
         differing.append("model")

@@ -1,10 +1,12 @@
 """`train` in a pool of ranks: strategies agree, resumption is bitwise, what must stop a run stops it."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ranks import Pools
@@ -57,6 +59,17 @@ def losses(options: dict[str, Any]) -> list[float]:
 def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     """The same names, the same bits."""
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def forget(place: Path, *names: str) -> None:
+    """Take options out of a checkpoint, and make its manifest agree."""
+    state, manifest = (json.loads((place / name).read_text()) for name in ("state.json", "manifest.json"))
+    for name in names:
+        del state["facts"]["options"][name]
+    (place / "state.json").write_text(json.dumps(state))
+    content = (place / "state.json").read_bytes()
+    manifest["files"]["state.json"] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    (place / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])
@@ -179,6 +192,43 @@ def test_held_out_text_is_evaluated(pools: Pools, options: Callable[..., dict[st
     found = [values(run, "evaluation_loss") for run in runs]
     assert [len(each) for each in found] == [2, 2]
     assert found[0][0] == pytest.approx(found[1][0], rel=8 * 24 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("storage", ["float16", "float32", "uint8"])
+def test_q3_the_storage_of_packed_bytes_changes_no_bit(
+    pools: Pools, options: Callable[..., dict[str, Any]], storage: str
+) -> None:
+    """--quant-storage, with the wire's dtype that it allows: the same adapter as with bytes viewed as bfloat16."""
+    plain, other = (options(s, quant="nf4", quant_storage=s) for s in ("bfloat16", storage))
+    for each in (plain, other):
+        assert pools.run(2, "runs:train", options=each) == ["", ""]
+
+    assert equal(adapter(plain), adapter(other))
+
+
+def test_a_checkpoint_older_than_an_option_resumes(pools: Pools, options: Callable[..., dict[str, Any]]) -> None:
+    """What its options lack counts as the default, whose run it was."""
+    whole, cut = options("whole", steps=4), options("cut", steps=4)
+    pools.run(2, "runs:train", options=whole)
+    pools.run(2, "runs:train", options=cut, stop_after=2)
+    place = cut["out"] / "checkpoints" / "step-000002"
+    forget(place, "dropout", "rank_stabilized")
+
+    assert pools.run(2, "runs:train", options=cut | {"resume": True}) == ["", ""]
+    assert equal(adapter(cut), adapter(whole))
+
+
+def test_tensorboard_has_what_metrics_have(pools: Pools, options: Callable[..., dict[str, Any]]) -> None:
+    """--tensorboard: each step's loss and rate, and each evaluation, as metrics.jsonl has them in float32."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415 - slow
+
+    run = options(tensorboard=True, eval_fraction=0.2)
+    assert pools.run(2, "runs:train", options=run) == ["", ""]
+
+    events = EventAccumulator(str(run["out"] / "tensorboard"))
+    events.Reload()
+    for name in ("loss", "lr", "evaluation_loss"):
+        assert [event.value for event in events.Scalars(name)] == [*map(np.float32, values(run, name))]
 
 
 @pytest.mark.parametrize(
