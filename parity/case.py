@@ -13,9 +13,10 @@ from typing import Literal
 
 Link = Literal["algebra", "shards", "frameworks", "training", "controls"]
 Model = Literal["stack", "codec", "pretrained"]
-Proof = Literal["lattice", "one-hot", "bound", "start", "root", "sensitivity", "decode"]
+Proof = Literal["lattice", "one-hot", "bound", "start", "root", "sensitivity", "decode", "files", "refusal"]
 Base = Literal["float32", "bfloat16", "float64", "nf4"]
 Compute = Literal["float32", "bfloat16", "float64"]
+Task = Literal["train", "merge", "written", "read", "refuse"]
 
 LINKS: tuple[Link, ...] = ("algebra", "shards", "frameworks", "training", "controls")
 FAINT = 2.0**-20
@@ -77,6 +78,11 @@ class Case:
     """Whether the tokens come as two sequences, `(2, tokens / 2, in)`."""
     zero_b: bool = False
     """Whether B starts at zero (D12)."""
+    task: Task = "train"
+    """What is done: training; merging (D10); writing adapter files that the reference reads, or reading what it wrote
+    (C1); refusing what is bad."""
+    bad: str = ""
+    """What is to be refused, by name."""
     steps: int = 1
     """Optimizer steps (T3)."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -126,6 +132,8 @@ class Case:
             "resume-": self.resume,
         }
         return [
+            *([self.task] if self.task in {"merge", "written", "read"} else []),
+            *([self.bad] if self.bad else []),
             *(name for name in (*flags, "recompute") if getattr(self, name)),
             *(f"{words}{value}" for words, value in named.items() if value),
         ]

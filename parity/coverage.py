@@ -18,8 +18,14 @@ from parity.shard import Shard, describe_index
 
 EVERYWHERE = ("offset",)
 """Kinds of shard that are the whole of a quant state: every rank has it (S6)."""
-HeldBy = Callable[[int], int]
-"""From a step to the number of ranks that hold each element after it."""
+HeldBy = Callable[[Key], int]
+"""From a tensor at a step to the number of ranks that hold each element of it."""
+
+
+def copies_of(case: Case, key: Key) -> int:
+    """One, or as many as there are replicas after that step (S9); of a quant state as many as there are ranks (S6)."""
+    step, kind, _ = key
+    return case.world if kind in EVERYWHERE else case.copies_at(step)
 
 
 def missing_elements(shards: Iterable[Shard], expectations: Expectations, held_by: HeldBy | None = None) -> list[Check]:
@@ -33,8 +39,7 @@ def missing_elements(shards: Iterable[Shard], expectations: Expectations, held_b
     for shard in shards:
         if shard.key in held:
             _count(held[shard.key], shard)
-    copies = {key: None if key[1] in EVERYWHERE or not held_by else held_by(key[0]) for key in held}
-    faults = ((key, _fault(counts, copies[key])) for key, counts in sorted(held.items()))
+    faults = ((key, _fault(counts, held_by and held_by(key))) for key, counts in sorted(held.items()))
     return [_failure(key, -1, f"coverage: {said}", worst=float(lost)) for key, (lost, said) in faults if lost]
 
 

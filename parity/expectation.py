@@ -53,7 +53,7 @@ def from_twin(case: Case, twin: list[Shard], predictions: Predictions, *, units:
 
 
 def _against_oracle(case: Case, key: Key, prediction: Prediction) -> Expected:
-    if case.proof == "decode":
+    if case.proof in {"decode", "files"}:
         return Expected(value=prediction.value, mode="bits")
     if case.is_exact:
         return Expected(value=_exactly_float32(case, key, prediction.value), mode="bitwise")
@@ -99,7 +99,7 @@ def required(expectations: Expectations) -> set[Key]:
 
 def _owed_bases(case: Case) -> set[Key]:
     """S6: the frozen weights, packed or dense, before the first step."""
-    positions = range(len(case.layers) if case.model == "stack" else 0)
+    positions = range(len(case.layers) if case.model == "stack" and case.task == "train" else 0)
     return {(0, "parameter", f"layers.{position}.base.weight") for position in positions}
 
 
@@ -108,6 +108,8 @@ def owed(case: Case) -> set[Key]:
     if case.model != "stack":
         return set()
     names = [f"layers.{position}" for position in range(len(case.layers))]
+    if case.task == "merge":
+        return {(0, "merged", f"{name}.weight") for name in names}
     if case.proof == "start":
         return {(0, "parameter", f"{name}.magnitude") for name in names}
     tensors = [f"{name}.{factor}" for name in names for factor in ("lora_A", "lora_B", "magnitude")]

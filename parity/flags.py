@@ -144,5 +144,19 @@ FLAGS = {
             "torchtitan#2732, an option there",
             ("D11", "T4"),
         ),
+        Flag(
+            "DoraSilentlyLora",
+            "leaves the magnitudes out of what is written or read",
+            "a trained DoRA comes back with magnitudes as at the start",
+            "axolotl#1589, unsloth-zoo#954, torchtune#2250",
+            ("C1",),
+        ),
+        Flag(
+            "ShardSavedAsWhole",
+            "writes one rank's part under the whole's name",
+            "a file that loads, and holds zeros where other ranks' rows were",
+            "accelerate#4206",
+            ("C4",),
+        ),
     )
 }

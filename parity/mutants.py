@@ -54,6 +54,8 @@ PLANS = {
     "MeanOfMeans": Plan("training and accumulate-3 and (w2 or w3) and float32-float32", _GRADIENTS),
     "GradNormPerShard": Plan("training and fsdp2-w3/uneven/float32-float32/clip-0.5", _GRADIENTS),
     "OptimizerStateLost": Plan("training and fsdp2-w3/uneven/float32-float32/by-adamw+resume-fsdp2", _STATES),
+    "DoraSilentlyLora": Plan("files and fsdp2-w4/uneven and read", (("parameter", "magnitude"),)),
+    "ShardSavedAsWhole": Plan("files and fsdp2-w4/uneven and written", tuple(("parameter", name) for name in _TRAINED)),
     "OptimizerStateDtype": Plan("stack/bound/torch_impl/none-w1/uneven/float32-float32/by-adamw", _STATES),
 }
 

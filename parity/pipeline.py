@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -18,13 +19,14 @@ from typing import Self
 from parity.ahead import Ahead
 from parity.case import UNSHARDED, Case
 from parity.check import Check, check_shard
-from parity.coverage import HeldBy, check_layout, frozen_gradients, layout_question, missing_elements
+from parity.coverage import HeldBy, check_layout, copies_of, frozen_gradients, layout_question, missing_elements
 from parity.errors import CaseFailed
 from parity.expectation import Expectations, from_oracle, from_twin
-from parity.implementations.registry import JAX_IMPLEMENTATIONS
+from parity.implementations.registry import FILES, JAX_IMPLEMENTATIONS
 from parity.oracle.prediction import Predictions
 from parity.oracle.process import Offsets, Oracle
 from parity.ranks import Job, Pools, RankAnswer
+from parity.refusal import check_refusal
 from parity.results import CaseResult
 from parity.shard import Shard
 
@@ -68,7 +70,7 @@ class Pipeline:
         if case.model == "pretrained" and self._no_model:
             return None
         predictions = None
-        if case.proof != "one-hot":
+        if case.proof not in {"one-hot", "refusal"}:
             offsets = self._offsets(case, implementation)
             ask = partial(self._oracle.predict, case, offsets, seconds=limit_seconds(case))
             predictions = self._ahead.submit(ask)
@@ -125,21 +127,40 @@ class Pipeline:
 
     def _run_implementation(self, case: Case, implementation: str) -> list[RankAnswer]:
         job = Job(case, implementation)
+        if case.task in {"written", "read"}:
+            return self._exchange(job)
         if implementation in JAX_IMPLEMENTATIONS:
             return self._ask_jax(job).result()
         return self._pools.run(job, seconds=limit_seconds(case))
 
+    def _exchange(self, job: Job) -> list[RankAnswer]:
+        """C1: one side writes files, then the other reads them; what the reader holds is the answer."""
+        seconds = limit_seconds(job.case)
+        with tempfile.TemporaryDirectory(prefix="dora-parity-") as folder:
+            ours = dataclasses.replace(job, folder=Path(folder))
+            theirs = dataclasses.replace(ours, implementation=FILES)
+            ask = partial(self._oracle.run, theirs, seconds=seconds)
+            if job.case.task == "written":
+                written = self._pools.run(ours, seconds=seconds)
+                refused = [answer for answer in written if answer.refused]
+                return refused or self._ahead.submit(ask, urgent=True).result()
+            self._ahead.submit(ask, urgent=True).result()
+            return self._pools.run(ours, seconds=seconds)
+
     def _check(
         self, case: Case, implementation: str, answers: list[RankAnswer], predictions: Future[Predictions] | None
     ) -> list[Check]:
+        if case.task == "refuse":
+            return [check_refusal(case, answer.said) for answer in answers]
         shards = [shard for answer in answers for shard in answer.shards]
         predicted = predictions.result() if predictions else {}
-        held_by = case.copies_at if answers[0].units else None  # who declares no units may leave a tensor whole
+        units = answers[0].units if case.task == "train" else ""
+        held_by = partial(copies_of, case) if units else None  # who declares no units may leave a tensor whole
         if not case.has_twin:
             return compare(shards, from_oracle(case, predicted), held_by)
         twin = self._run_twin(case.unsharded_twin(), implementation)
-        checks = compare(shards, from_twin(case, twin, predicted, units=answers[0].units), held_by)
-        if answers[0].units and case.strategy != UNSHARDED and case.model == "stack":
+        checks = compare(shards, from_twin(case, twin, predicted, units=units), held_by)
+        if units and case.strategy != UNSHARDED and case.model == "stack":
             question = layout_question(case, twin)
             layouts = self._ahead.submit(partial(self._oracle.layout, question), urgent=True).result()
             checks += check_layout(shards, layouts)

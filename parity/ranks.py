@@ -13,6 +13,7 @@ from typing import Self
 
 from parity.case import Case
 from parity.processes import Seat, Workers, kill_fork_server
+from parity.refusal import what_is_said
 from parity.shard import Shard
 from parity.worker import life, serve
 
@@ -48,6 +49,8 @@ class Place:
     device: str
     model: Path | None
     """The pretrained checkpoint's directory, if there is one."""
+    folder: Path | None = None
+    """Where files lie that one side writes and the other reads (C1)."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Job:
 
     case: Case
     implementation: str
+    folder: Path | None = None
+    """The place's."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class RankAnswer:
     refused: str | None = None
     units: str = ""
     """`layer` where the implementation declares the units of S7, so that its layout can be foretold."""
+    said: str = ""
+    """What it said of what it was to refuse; empty where it took it."""
 
 
 class Pools:
@@ -129,5 +136,8 @@ def _run(job: Job, place: Place) -> RankAnswer:
     refused = implementation.refuses(job.case)
     if refused:
         return RankAnswer([], time.monotonic() - start, refused)
+    if job.case.task == "refuse":
+        return RankAnswer([], time.monotonic() - start, said=what_is_said(implementation, job.case))
+    place = dataclasses.replace(place, folder=job.folder)
     shards = [dataclasses.replace(shard, rank=place.rank) for shard in implementation.run(job.case, place)]
     return RankAnswer(shards, time.monotonic() - start, units=getattr(implementation, "units", ""))

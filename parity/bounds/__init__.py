@@ -1,9 +1,9 @@
 """The derived tolerances: what rounding may do to each element of a DoRA layer's gradients, momenta and parameters."""
 
-from parity.bounds.layers import BFLOAT16_COMPUTE, FLOAT32, FLOAT64, Precision, weight_norm
+from parity.bounds.layers import BFLOAT16_COMPUTE, FLOAT32, FLOAT64, Precision, merged, weight_norm
 from parity.bounds.stack import LayerInputs, propagate
 from parity.bounds.steps import Rule
-from parity.bounds.tracked import GATE, Tracked, difference, exact, limit, summed
+from parity.bounds.tracked import GATE, Tracked, cast, difference, exact, limit, summed
 
 __all__ = [
     "BFLOAT16_COMPUTE",
@@ -14,9 +14,11 @@ __all__ = [
     "Precision",
     "Rule",
     "Tracked",
+    "cast",
     "difference",
     "exact",
     "limit",
+    "merged",
     "propagate",
     "summed",
     "weight_norm",

@@ -117,6 +117,14 @@ def weight_norm(weight: Tracked, lora_A: Tracked, lora_B: Tracked, *, scaling: f
     return tr.stirred(chosen, shared)
 
 
+def merged(weight: Tracked, lora_A: Tracked, lora_B: Tracked, magnitude: Tracked, *, scaling: float) -> Tracked:
+    """D10: `c * V` in float32, (out, in)."""
+    unit = FLOAT32.unit
+    norm = weight_norm(weight, lora_A, lora_B, scaling=scaling, unit=unit)
+    V = tr.add(weight, tr.scale(tr.matmul(lora_B, lora_A, unit), scaling, unit), unit)
+    return tr.multiply(V, tr.divide(magnitude, norm, unit)[:, None], unit)
+
+
 def forward(layer: Layer, x: Tracked) -> tuple[Tracked, Tracked]:
     """`(y0, y)`, both (tokens, out): y0 calm, with its own roundings alone, and y with every error.
 

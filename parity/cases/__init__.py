@@ -7,6 +7,7 @@ from typing import Literal
 from parity.case import Case
 from parity.cases.algebra import algebra_cases
 from parity.cases.codec import codec_cases
+from parity.cases.files import file_cases
 from parity.cases.pretrained import pretrained_cases
 from parity.cases.stacks import stack_cases
 from parity.cases.training import training_cases
@@ -21,7 +22,14 @@ def cases_of(tier: Tier) -> list[Case]:
     First stacks, then networks; one-hot cases before the others, since they keep the ranks busy while the oracle,
     which they do not need, works ahead; small worlds before large ones.
     """
-    cases = [*algebra_cases(), *codec_cases(), *stack_cases(tier), *training_cases(tier), *pretrained_cases(tier)]
+    cases = [
+        *algebra_cases(),
+        *codec_cases(),
+        *stack_cases(tier),
+        *training_cases(tier),
+        *file_cases(),
+        *pretrained_cases(tier),
+    ]
     return sorted(
         cases, key=lambda case: (case.model == "pretrained", case.blocks, case.proof != "one-hot", case.world)
     )

@@ -21,11 +21,14 @@ TORCH_IMPLEMENTATIONS = {
 JAX_IMPLEMENTATIONS = {
     "jax": "parity.implementations.jax_sharded:JaxSharded",
     "jax-mesh": "parity.implementations.jax_mesh:JaxMesh",
+    "jax-files": "parity.implementations.jax_files:JaxFiles",
     "closed-form": "parity.implementations.jax_algebra:ClosedForm",
     "differences": "parity.implementations.jax_algebra:Differences",
 }
 """Run inside the JAX process."""
 
+FILES = "jax-files"
+"""The other side of every exchange of files."""
 MUTANT = "mutant"
 """`mutant:NAME` is `torch_impl` with that bug planted; it runs inside a torch rank."""
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import nn
 
-from parity.case import TORCH_STRATEGIES, Case
+from parity.case import TORCH_STRATEGIES, UNSHARDED, Case
 from parity.implementations.torch_codec import codec_shards
+from parity.implementations.torch_files import KNOWN, meet, merged_shards, read_shards
 from parity.implementations.torch_network import build_network, network_losses, offset_shards
 from parity.implementations.torch_stack import DTYPES, Stack, TorchStack, shards_now, train
 from parity.inputs import stack_inputs
 from parity.ranks import Place
 from parity.shard import Shard
-from torch_impl import DoraConfig, DoraLinear, ShardConfig, apply_dora, shard_model
+from torch_impl import DoraConfig, DoraLinear, ShardConfig, apply_dora, save_adapter, shard_model
 
 
 class TorchDora(TorchStack):
@@ -28,12 +30,16 @@ class TorchDora(TorchStack):
 
     def refuses(self, case: Case) -> str | None:
         """It takes every model; what it lacks is a strategy."""
+        if case.task == "refuse" and case.bad not in KNOWN:
+            return f"{case.bad} is nothing that it could be given"
         return None if case.strategy in self.strategies else f"strategy {case.strategy!r} is not torch's"
 
     def run(self, case: Case, place: Place) -> Iterator[Shard]:
         """By the kind of model."""
         if case.model == "codec":
             yield from codec_shards(case, place)
+        elif case.task != "train":
+            yield from self._run_files(case, place)
         elif case.model == "pretrained":
             yield from self._run_network(case, place)
         elif case.proof in {"start", "root"}:
@@ -44,9 +50,7 @@ class TorchDora(TorchStack):
     def build(self, case: Case, device: str) -> nn.Module:
         """A stack of `nn.Linear`, turned into DoRA by the public entry point."""
         arrays = {name: torch.from_numpy(array.copy()) for name, array in stack_inputs(case).items()}
-        stored = torch.float32 if case.base == "nf4" else DTYPES[case.base]
-        linears = [_linear(arrays, position, stored) for position in range(len(case.layers))]
-        model = apply_dora(Stack(linears, case.activation).to(device), dora_config(case))
+        model = apply_dora(plain_stack(case, device), dora_config(case))
         for name, parameter in model.named_parameters():
             if name in arrays and parameter.requires_grad:
                 parameter.data.copy_(arrays[name])
@@ -58,6 +62,21 @@ class TorchDora(TorchStack):
         size = case.world // case.copies if case.strategy == "hsdp" else None
         config = ShardConfig(strategy=case.strategy, param_dtype=wire, reduce_dtype=reduced, shard_size=size)
         return shard_model(model, config)
+
+    def _run_files(self, case: Case, place: Place) -> Iterator[Shard]:
+        """D10, C1: merged weights, and the two ways of an adapter's files."""
+        made, plain = partial(self.build, case, place.device), partial(plain_stack, case, place.device)
+        shard = partial(self.shard, case=case)
+        if case.task == "merge":
+            yield from merged_shards(case, made, plain, shard)
+        elif case.task == "read":
+            yield from read_shards(case, plain, shard, place.folder)
+        else:
+            save_adapter(made() if case.strategy == UNSHARDED else shard(made()), place.folder)
+
+    def meet(self, case: Case, *, bad: bool) -> None:
+        """Q7, C3, C4: take what is sound, refuse what is bad."""
+        meet(case, partial(self.build, case, "cpu"), partial(plain_stack, case, "cpu"), bad=bad)
 
     def _run_start(self, case: Case, place: Place) -> Iterator[Shard]:
         """D6: the magnitudes that the layers give themselves."""
@@ -76,6 +95,14 @@ class TorchDora(TorchStack):
             model = self.shard(model, case)
         losses = network_losses(model, case, place)
         yield from train(lambda _: model, case, lambda _, step: [losses[step]])
+
+
+def plain_stack(case: Case, device: str) -> nn.Module:
+    """The base: linear layers, as they were before any adapter."""
+    arrays = {name: torch.from_numpy(array.copy()) for name, array in stack_inputs(case).items()}
+    stored = torch.float32 if case.base == "nf4" else DTYPES[case.base]
+    linears = [_linear(arrays, position, stored) for position in range(len(case.layers))]
+    return Stack(linears, case.activation).to(device)
 
 
 def dora_config(case: Case) -> DoraConfig:

@@ -68,6 +68,7 @@ class TorchStack:
         for what, value, known in (
             ("model", case.model, ("stack",)),
             ("link", case.link, self.links),
+            ("task", case.task, ("train",)),
             ("proof", case.proof, ("lattice", "one-hot", "bound")),
             ("strategy", case.strategy, self.strategies),
             ("base", case.base, self.bases),

@@ -16,7 +16,7 @@ from parity.case import Case
 from torch_impl import checkpoint, optim
 from torch_impl.accumulation import backpropagate
 
-__all__ = ["backward", "clip_gradients", "optimizer_for", "recomputed", "resumed"]
+__all__ = ["backward", "clip_gradients", "common_folder", "optimizer_for", "recomputed", "resumed"]
 
 
 def optimizer_for(model: nn.Module, case: Case) -> torch.optim.Optimizer:
@@ -46,7 +46,7 @@ def resumed(
     model: nn.Module, optimizer: torch.optim.Optimizer, case: Case, fresh: Callable[[], nn.Module]
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """T6, S12: save, and read into a fresh model and optimizer; every rank of the case takes part."""
-    with _common_folder() as folder:
+    with common_folder() as folder:
         checkpoint.save(folder, model, optimizer, checkpoint.Saved(case.resumes_after, 0, {}))
         model = fresh()
         optimizer = optimizer_for(model, case)
@@ -56,7 +56,7 @@ def resumed(
 
 
 @contextlib.contextmanager
-def _common_folder() -> Iterator[Path]:
+def common_folder() -> Iterator[Path]:
     """One folder for all ranks, gone afterwards."""
     first = distributed.get_rank() == 0
     place = [tempfile.mkdtemp(prefix="dora-parity-") if first else ""]

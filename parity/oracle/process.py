@@ -15,6 +15,7 @@ from parity.layout import LayoutQuestion, Layouts
 from parity.oracle.prediction import Predictions
 from parity.processes import Seat, Workers
 from parity.ranks import Job, Place, RankAnswer
+from parity.refusal import what_is_said
 from parity.worker import life, serve
 
 DEVICES = 8
@@ -103,6 +104,10 @@ def _answer(asked: Any, model: Path | None) -> Any:
         from parity.oracle.network import predict_network  # noqa: PLC0415
 
         return predict_network(case, model, dict(asked.offsets))
+    if case.task != "train":
+        from parity.oracle.files import predict_files, predict_merged  # noqa: PLC0415
+
+        return predict_merged(case) if case.task == "merge" else predict_files(case)
     from parity.oracle.stack import predict_stack, predict_start  # noqa: PLC0415
 
     return predict_start(case) if case.proof in {"start", "root"} else predict_stack(case)
@@ -117,6 +122,9 @@ def _run(job: Job, model: Path | None) -> list[RankAnswer]:
     refused = implementation.refuses(job.case)
     if refused:
         return [RankAnswer([], time.monotonic() - start, refused)]
-    shards = list(implementation.run(job.case, Place(0, job.case.world, "cpu", model)))
+    if job.case.task == "refuse":
+        return [RankAnswer([], time.monotonic() - start, said=what_is_said(implementation, job.case))]
+    shards = list(implementation.run(job.case, Place(0, job.case.world, "cpu", model, job.folder)))
     seconds = time.monotonic() - start
-    return [RankAnswer([shard for shard in shards if shard.rank == rank], seconds) for rank in range(job.case.world)]
+    ranks = range(1 if job.folder else job.case.world)  # files are read whole
+    return [RankAnswer([shard for shard in shards if shard.rank == rank], seconds) for rank in ranks]

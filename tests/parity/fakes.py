@@ -284,3 +284,11 @@ class SleepsOnNf4(Honest):
             Path(f"asleep-{place.world}-{place.rank}").touch()
             time.sleep(600)
         yield from super().run(case, place)
+
+
+class RefusesAll(Honest):
+    """Whatever it meets is refused, sound or not."""
+
+    def meet(self, case, *, bad):  # noqa: ARG002 - the protocol's form
+        """Refuse."""
+        raise ValueError("layers.1 at (3, 5) is too good")

@@ -1,11 +1,13 @@
 """All ranks together hold every element of every tensor, and hold it where S1 and S2 say."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from parity.cases import cases_of
 from parity.check import Expected
-from parity.coverage import check_layout, frozen_gradients, layout_question, missing_elements
+from parity.coverage import check_layout, copies_of, frozen_gradients, layout_question, missing_elements
 from parity.shard import Shard, whole_index
 
 NAME = "layers.0.lora_B"
@@ -138,14 +140,15 @@ def test_the_question_asks_for_parameters_at_start():
 
 
 def test_a_quant_state_is_on_every_rank():
-    """S6: what all ranks need to decode their bytes is not cut, and having it everywhere is no fault."""
-    key = (0, "offset", "layers.0")
-    array = np.array(1.5, dtype=np.float32)
+    """S6: what all ranks need to decode their bytes is not cut, and one that lacks it is missed."""
+    case = next(
+        c for c in cases_of("quick") if c.id == "pretrained/one-hot/torch_impl/fsdp2-w2/2-blocks/nf4-float32/plain"
+    )
+    key, array = (0, "offset", "layers.0"), np.array(1.5, dtype=np.float32)
     parts = {"name": "layers.0", "kind": "offset", "step": 0, "global_shape": (), "index": (), "array": array}
-    whole = [Shard(**parts, rank=rank) for rank in range(2)]
+    on_both = [Shard(**parts, rank=rank) for rank in range(2)]
     wanted = {key: Expected(value=array, mode="bitwise")}
 
-    assert missing_elements(whole, wanted, lambda _: 1) == []
-    assert [check.mode for check in missing_elements([], wanted, lambda _: 1)] == [
-        "coverage: 1 of 1 elements on no rank"
-    ]
+    assert missing_elements(on_both, wanted, partial(copies_of, case)) == []
+    (lacking,) = missing_elements(on_both[:1], wanted, partial(copies_of, case))
+    assert lacking.mode == "coverage: 1 of 1 elements on 1 ranks, wanted 2"

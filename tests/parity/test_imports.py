@@ -17,7 +17,13 @@ CORE = sorted(
 )
 WITHOUT_FRAMEWORK = ("implementations/registry.py", "implementations/protocol.py", "oracle/prediction.py")
 """Files of those folders that the core reads itself."""
-JAX_ONLY = ("oracle", "implementations/jax_algebra.py", "implementations/jax_mesh.py", "implementations/jax_sharded.py")
+JAX_ONLY = (
+    "oracle",
+    "implementations/jax_algebra.py",
+    "implementations/jax_files.py",
+    "implementations/jax_mesh.py",
+    "implementations/jax_sharded.py",
+)
 
 
 def imported(path):

@@ -1,0 +1,65 @@
+"""Merged weights (D10), adapter files from one side to the other (C1), and what must be refused (Q7, Q8, C3, C4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+from parity.case import UNSHARDED, Case
+from parity.cases.declared import stack_case
+from parity.cases.shapes import THIN, UNEVEN
+
+_PLACES = ((UNSHARDED, 1), ("fsdp1", 3), ("fsdp1-orig", 2), ("fsdp2", 4), ("hsdp", 4), ("ddp", 2))
+_REFUSALS = {
+    "torch_impl": {
+        "nan-weight": "Q7",
+        "infinite-weight": "Q7",
+        "pickled-adapter": "C3",
+        "adapter-lacks-magnitude": "C1",
+        "shard-for-adapter": "C4",
+        "torn-checkpoint": "C4",
+        "foreign-checkpoint": "C3",
+    },
+    "jax-files": {"other-codebook": "Q8", "nan-encoded": "Q7", "pickled-state": "C3", "shard-for-state": "C4"},
+}
+"""For each subject, the bad things and the clause that refuses them."""
+
+
+def file_cases() -> list[Case]:
+    """All of them are quick."""
+    return [*_merged(), *_exchanged(), *_refused()]
+
+
+def _merged() -> Iterator[Case]:
+    """Link 3: against the oracle, bitwise on lattices. Link 2: from the files of sharded adapters, the same bits."""
+    merge = {"task": "merge", "steps": 0}
+    for base, features in product(("float32", "bfloat16", "nf4"), ({}, {"bias": True}, {"zero_b": True})):
+        yield _only("D10", stack_case(UNEVEN, link="frameworks", proof="lattice", base=base, **features, **merge))
+    for base in ("float32", "nf4"):
+        yield _only("D10", stack_case(UNEVEN, link="frameworks", proof="bound", base=base, zero_rows=True, **merge))
+    for base, (strategy, world) in product(("float32", "nf4"), _PLACES[1:]):
+        at = {"link": "shards", "proof": "files", "base": base, "strategy": strategy, "world": world}
+        yield _only("D10", stack_case(UNEVEN, **at, **merge))
+
+
+def _exchanged() -> Iterator[Case]:
+    """C1: what sharded ranks write the reference reads, and what it writes they read, to the bit."""
+    for task, (strategy, world) in product(("written", "read"), _PLACES):
+        at = {"proof": "files", "strategy": strategy, "world": world, "task": task, "steps": 0}
+        for shape, features in ((UNEVEN, {"rank_stabilized": True}), (THIN, {"base": "nf4"})):
+            yield _only("C1", stack_case(shape, link="frameworks", **at, **features))
+
+
+def _refused() -> Iterator[Case]:
+    for subject, refusals in _REFUSALS.items():
+        for bad, clause in refusals.items():
+            at = {"proof": "refusal", "task": "refuse", "bad": bad, "steps": 0, "subject": subject, "base": "nf4"}
+            yield replace(stack_case(UNEVEN, link="frameworks", **at), clauses=(clause,))
+
+
+def _only(clause: str, case: Case) -> Case:
+    """The clauses that such a case shows: of the layer no gradient takes part."""
+    also = ("D1", "D2", "D3", *(("D6", "Q4", "Q6") if case.base == "nf4" else ())) if clause == "D10" else ("D1",)
+    zero = ("D7",) if case.zero_rows else ()
+    return replace(case, clauses=(clause, *also, *zero))

@@ -1,0 +1,49 @@
+"""Bugs of adapter files: C1, C4."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from parity.case import Case
+from parity.implementations import torch_files
+from parity.implementations.mutants.base import Mutant
+from parity.ranks import Place
+from torch_impl import DoraLinear, LocalShard, adapter_files, load_adapter
+
+
+class DoraSilentlyLora(Mutant):
+    """Magnitudes are not read: each starts anew from the weight."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Read all, and forget them."""
+
+        def forgetting(model: nn.Module, folder: Path, **options: object) -> nn.Module:
+            model = load_adapter(model, folder, **options)
+            for layer in model.modules():
+                if isinstance(layer, DoraLinear):
+                    layer.reset_magnitude()
+            return model
+
+        return mock.patch.object(torch_files, "load_adapter", forgetting)
+
+
+class ShardSavedAsWhole(Mutant):
+    """Rank 0 writes a tensor in which only its own rows are filled."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Gather nothing."""
+
+        def own(shard: LocalShard) -> Tensor:
+            whole = torch.zeros(shard.global_shape)
+            (whole.view(-1) if len(shard.index) == 1 else whole)[shard.index] = shard.tensor
+            return whole
+
+        return mock.patch.object(adapter_files, "_gathered", own)
+
+
+FILE_MUTANTS = (DoraSilentlyLora, ShardSavedAsWhole)

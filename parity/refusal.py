@@ -1,0 +1,59 @@
+"""What must be refused, with words that say what is wrong with it (Q7, Q8, C1, C3, C4). Imports no framework.
+
+An implementation is given something sound, which it must take, then something bad. A refusal gives no shard: that the
+bad thing is taken is the failed check.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from parity.case import Case
+from parity.check import Check
+
+NAMED = {
+    "nan-weight": ("layers.1", "(3, 5)"),
+    "infinite-weight": ("layers.1", "(3, 5)"),
+    "other-codebook": ("codebook",),
+    "nan-encoded": ("(3, 5)",),
+    "pickled-adapter": ("adapter_model.safetensors",),
+    "adapter-lacks-magnitude": ("layers.1.magnitude",),
+    "shard-for-adapter": ("lora_B", "(25, 4)", "(50, 4)"),
+    "pickled-state": ("state.safetensors",),
+    "shard-for-state": ("lora_B", "(25, 4)", "(50, 4)"),
+    "torn-checkpoint": (".safetensors", "size or checksum"),
+    "foreign-checkpoint": ("pickle.bin",),
+}
+"""For each bad thing, the words that the refusal must hold: which tensor or file, and where or how."""
+
+
+def what_is_said(implementation: Any, case: Case) -> str:
+    """The error's class and text; empty where the bad thing was taken.
+
+    Raises:
+        Exception: whatever the implementation raises on the sound thing: then it refuses too much.
+    """
+    implementation.meet(case, bad=False)
+    try:
+        implementation.meet(case, bad=True)
+    except Exception as error:  # noqa: BLE001 - any class may be a refusal; the words decide
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def check_refusal(case: Case, said: str) -> Check:
+    """Whether it was refused, and everything named."""
+    missing = [word for word in NAMED[case.bad] if word not in said]
+    mode = "refusal" if not missing else f"refusal: does not name {', '.join(missing)}: {said}"
+    return Check(
+        tensor=case.bad,
+        kind="refusal",
+        step=0,
+        rank=0,
+        index=(),
+        mode=mode if said else "refusal: it was taken",
+        worst=float(len(missing)),
+        limit=0.0,
+        ratio=None if missing else 0.0,
+        passed=not missing,
+    )
