@@ -24,20 +24,17 @@ _PRECISIONS = (
 
 def stack_cases(tier: str) -> list[Case]:
     """All stacks of a tier: the full one has every shape in every bounded case and more worlds."""
-    cases = [
+    return [
         *_unsharded(),
         *_crosses(),
         *_lattice(),
-        *_one_hot(),
+        *_one_hot(tier),
         *_replicas(),
         *_bounded(tier),
         *_start(),
         *_jax(),
         *_mesh(),
     ]
-    if tier == "full":
-        cases += list(_one_hot_at(world=8))
-    return cases
 
 
 def _unsharded() -> Iterator[Case]:
@@ -90,16 +87,12 @@ def _lattice() -> Iterator[Case]:
         yield stack_case(UNEVEN, link="shards", proof="lattice", strategy=strategy, world=world, **features)
 
 
-def _one_hot() -> Iterator[Case]:
-    """Link 2, bitwise on any data: each rank in turn has the only loss."""
-    for world in (2, 3, 4):
-        yield from _one_hot_at(world)
-
-
-def _one_hot_at(world: int) -> Iterator[Case]:
-    for strategy in _STRATEGIES:
+def _one_hot(tier: str) -> Iterator[Case]:
+    """Link 2, bitwise on any data: each rank in turn has the only loss. Bytes need padding, dense weights do not."""
+    padded = [pair for pair in _PRECISIONS if tier == "full" or pair[0] == "nf4"]
+    for world, strategy in product((2, 3, 4, 8) if tier == "full" else (2, 3, 4), _STRATEGIES):
         common = {"link": "shards", "proof": "one-hot", "strategy": strategy, "world": world, "steps": max(2, world)}
-        for shape, (base, compute) in product((UNEVEN, PADDED), _PRECISIONS):
+        for shape, (base, compute) in [*product([UNEVEN], _PRECISIONS), *product([PADDED], padded)]:
             yield stack_case(shape, base=base, compute=compute, **common)
         for shape, base in product((THIN, SINGLE_ROW), ("float32", "nf4")):
             yield stack_case(shape, base=base, **common)
