@@ -26,7 +26,8 @@ GROUPS = {
     ),
     "prepare": ("prepare-qdora/qlora", "prepare-qdora/peft"),
     "memory": ("memory-dora/lora",),
-    "jax_rows": ("nf4-encode/bnb", "nf4-decode/bnb"),
+    "codec": ("nf4-encode/bnb", "nf4-decode/bnb"),
+    "jax_step": ("jax-step/torch",),
 }
 """Each group's module in this package, and the rows that it gives, in their order."""
 SECONDS = 1200.0
@@ -72,15 +73,19 @@ def _last(said: list[str], status: int) -> str:
     return lines[-1] if lines else f"ended with status {status}"
 
 
-def _end_with_parent() -> None:
-    """Leave when the pipe from the parent closes, however it ended."""
-    sys.stdin.read()
-    os._exit(1)
+def end_with_parent() -> None:
+    """Leave when the pipe from the command closes, however it ended; a process started by a group inherits the pipe."""
+
+    def wait() -> None:
+        sys.stdin.read()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def main(group: str) -> None:
     """Measure one group in this process."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     for row in importlib.import_module(f"parity.bench.{group}").rows():
         print(json.dumps(row.as_json()), flush=True)  # noqa: T201 - the answer
 

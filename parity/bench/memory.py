@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from parity.bench.groups import end_with_parent
 from parity.bench.measure import Row
 from parity.bench.network import TOKENS, ours, step
 from parity.pretrained import locate, token_ids
@@ -40,4 +41,5 @@ def trained(method: str) -> int:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     print(json.dumps(trained(sys.argv[1])))  # noqa: T201 - the answer
