@@ -42,7 +42,7 @@ def test_example_with_the_bug_is_told_what_it_looks_like(tmp_path):
 @pytest.mark.slow
 def test_example_without_the_bug_holds(tmp_path):
     """With the norm detached, as the README's comment says, the example holds."""
-    mended = example().replace("dim=1)  # D5 wants .detach() here", "dim=1).detach()")
+    mended = example().replace(".to(V.dtype)  # D5 wants .detach() here", ".to(V.dtype).detach()")
 
     result = run(mended, tmp_path)
 
