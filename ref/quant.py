@@ -96,7 +96,7 @@ def decode_absmax(state: QuantState) -> Float[Array, " S"]:
     return rounded_product(nested.code[state.absmax], absmax2_S) + nested.offset
 
 
-def rounded_product(a: Float[Array, " N"], b: Float[Array, " N"]) -> Float[Array, " N"]:
+def rounded_product(a: Float[Array, "*N"], b: Float[Array, "*N"]) -> Float[Array, "*N"]:
     """Q4: `a * b`, rounded before anything is added to it.
 
     Compiled for CPU, `a * b + c` becomes a fused multiply-add, which rounds once; barriers and `reduce_precision` are

@@ -115,7 +115,7 @@ def _looked_up(
     bytes_SH: UInt8[Array, "S H"], absmax_S: Float[Array, " S"], code: Float[Array, "16"]
 ) -> Float[Array, " N"]:
     """Every nibble's value times its block's scale, high nibble first, rounded (Q4)."""
-    q_SH2 = (bytes_SH[:, :, None] >> jnp.asarray([4, 0], jnp.uint8)[None, None, :]) & 15
-    scale_SH2 = jnp.broadcast_to(absmax_S[:, None, None], q_SH2.shape)
+    scale_SH = jnp.broadcast_to(absmax_S[:, None], bytes_SH.shape)
+    halves = [rounded_product(code[q_SH], scale_SH) for q_SH in (bytes_SH >> 4, bytes_SH & 15)]
 
-    return rounded_product(code[q_SH2].reshape(-1), scale_SH2.reshape(-1))
+    return jnp.stack(halves, axis=-1).reshape(-1)
