@@ -43,7 +43,8 @@ def _train(words: list[str]) -> int:
     try:
         given, words = _config(words)
         defaults = from_file(given) if given else {}
-        options = tyro.cli(TrainOptions, args=[*_as_flags(defaults), *words], prog="python -m torch_impl train")
+        flags = [*_as_flags(defaults), *words]
+        options = tyro.cli(TrainOptions, args=flags, prog="python -m torch_impl train", console_outputs=place.rank == 0)
     except DoraError as error:
         if place.rank == 0:
             sys.stderr.write(f"error: {error}\n")
@@ -67,11 +68,13 @@ def _alone(verb: str, words: list[str]) -> int:
 
 
 def _config(words: list[str]) -> tuple[Path | None, list[str]]:
-    """Take `--config FILE` out of the words."""
-    if "--config" not in words:
+    """Take `--config FILE` or `--config=FILE` out of the words."""
+    at = next((at for at, word in enumerate(words) if word.partition("=")[0] == "--config"), None)
+    if at is None:
         return None, words
-    at = words.index("--config")
-    return Path(words[at + 1] if at + 1 < len(words) else ""), words[:at] + words[at + 2 :]
+    _, joined, path = words[at].partition("=")
+    after = at + 1 if joined else at + 2
+    return Path(path if joined else "".join(words[at + 1 : after])), words[:at] + words[after:]
 
 
 def _as_flags(values: dict[str, object]) -> list[str]:

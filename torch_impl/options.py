@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from torch_impl.config import ALL_LINEAR, DoraConfig, Method, QuantConfig, ShardConfig, Strategy
 from torch_impl.errors import OptionError
@@ -20,7 +21,10 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Fine-tune a causal language model's adapters; under torchrun for more than one process."""
+    """Fine-tune a causal language model's adapters; under torchrun for more than one process.
+
+    `--config FILE` takes options from a JSON object, such as the run.json of another run; flags win over it.
+    """
 
     model: Path
     """Hugging Face checkpoint: a directory with config.json, a tokenizer and safetensors."""
@@ -75,7 +79,7 @@ class TrainOptions:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with momentum 0.9."""
     weight_decay: float = 0.0
-    """AdamW's."""
+    """The optimizer's, on all that trains."""
     clip_norm: float = 1.0
     """Largest norm of the whole gradient; 0 doesn't clip."""
     seed: int = 0
@@ -101,27 +105,36 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "seq_len": 2, "warmup_steps": 0, "save_every": 0}
-        for name, least in (at_least | {"eval_every": 0, "clip_norm": 0, "weight_decay": 0}).items():
-            if not getattr(self, name) >= least:
-                raise OptionError(f"--{_flag(name)} {getattr(self, name)} is below {least}", hint="raise it")
+        refuse_below(self, at_least | {"eval_every": 0, "clip_norm": 0, "weight_decay": 0, "shard_size": 1})
         for name in ("lr", "phase_timeout"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise OptionError(f"--{_flag(name)} {getattr(self, name)} is no positive number", hint="change it")
         if not 0 <= self.eval_fraction < 1:
             raise OptionError(f"--eval-fraction {self.eval_fraction} is not in [0, 1)", hint="use 0.1, say")
-        if self.cpu_offload and not torch.cuda.is_available():
-            raise OptionError("--cpu-offload without a GPU moves nothing", hint="leave it out")
+        if not -(2**63) <= self.seed < 2**63:
+            raise OptionError(f"--seed {self.seed} is beyond 64 bits", hint="use a smaller one")
+        self._refuse_idle()
         self.dora  # noqa: B018 - refuse bad adapters at once
         self.sharding  # noqa: B018 - likewise
+
+    def _refuse_idle(self) -> None:
+        """An option that would do nothing beside the others was meant to do something."""
+        if self.cpu_offload and not torch.cuda.is_available():
+            raise OptionError("--cpu-offload without a GPU moves nothing", hint="leave it out")
+        if self.shard_size is not None and self.strategy != "hsdp":
+            raise OptionError(f"--shard-size {self.shard_size} is hsdp's", hint="use --strategy hsdp, or leave it out")
+        if self.eval_every and not self.eval_fraction:
+            raise OptionError(
+                f"--eval-every {self.eval_every} has nothing to read", hint="give --eval-fraction 0.1, say"
+            )
 
     @property
     def dora(self) -> DoraConfig:
         """The adapter."""
-        targets = self.target_modules if self.target_modules == ALL_LINEAR else self.target_modules.split(",")
         return DoraConfig(
             rank=self.rank,
             alpha=self.alpha,
-            target_modules=targets,
+            target_modules=targets(self.target_modules),
             quant=QuantConfig(quant_storage=getattr(torch, self.quant_storage)) if self.quant == "nf4" else None,
             rank_stabilized=self.rank_stabilized,
             compute_dtype=torch_dtype(self.compute_dtype),
@@ -143,6 +156,42 @@ class TrainOptions:
     def to_json(self) -> dict[str, Any]:
         """Every option as JSON has it; `from_file` reads it."""
         return {key: str(v) if isinstance(v, Path) else v for key, v in dataclasses.asdict(self).items()}
+
+
+def targets(words: str) -> str | list[str]:
+    """What `--target-modules` names: `all-linear`, or the endings between its commas.
+
+    Raises:
+        OptionError: nothing stands between two commas.
+    """
+    endings = [ending.strip() for ending in words.split(",")]
+    if not all(endings):
+        raise OptionError(f"--target-modules {words!r} has an empty name", hint="write q_proj,v_proj, say")
+    return ALL_LINEAR if endings == [ALL_LINEAR] else endings
+
+
+def refuse_unmatched(model: nn.Module, wanted: str | list[str]) -> None:
+    """A misspelt name beside right ones would leave its layers without adapters, unnoticed.
+
+    Raises:
+        OptionError: no module has one of the endings.
+    """
+    names = [f".{name}" for name, _ in model.named_modules(remove_duplicate=False)]
+    for ending in [] if wanted == ALL_LINEAR else wanted:
+        if not any(name.endswith(f".{ending}") for name in names):
+            raise OptionError(f"--target-modules {ending!r} matches nothing", hint="correct it, or leave it out")
+
+
+def refuse_below(options: Any, at_least: dict[str, int]) -> None:
+    """Refuse options below their least values, and what is no finite number.
+
+    Raises:
+        OptionError: names the option, its value and the least.
+    """
+    for name, least in at_least.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value < math.inf:
+            raise OptionError(f"--{_flag(name)} {value} is below {least}, or no finite number", hint="change it")
 
 
 def _flag(name: str) -> str:
@@ -169,4 +218,14 @@ def from_file(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.keys() - fields.keys():
         wrong = sorted(found.keys() - fields.keys()) if isinstance(found, dict) else "no object"
         raise OptionError(f"--config {path} holds no such options: {wrong}", hint="see train --help")
+    for key, value in found.items():
+        if not _fits(fields[key].type, value):
+            raise OptionError(f"--config {path}: {key} can't be {value!r}", hint="see train --help")
     return {key: Path(value) if fields[key].type is Path else value for key, value in found.items()}
+
+
+def _fits(wanted: Any, value: object) -> bool:
+    """Whether JSON has this value for an option of this type."""
+    if isinstance(value, bool) or wanted is bool:
+        return isinstance(value, bool) and wanted is bool
+    return isinstance(value, int | float | None) if wanted in (int, float, int | None) else isinstance(value, str)

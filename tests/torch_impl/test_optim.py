@@ -68,6 +68,11 @@ BAD = {
     "alpha": (0.0, "alpha 0.0"),
     "rank": (0, "rank 0"),
     "clip_norm": (-1.0, "--clip-norm -1.0 is below 0"),
+    "weight_decay": (math.inf, "--weight-decay inf is below 0, or no finite number"),
+    "seed": (2**70, "is beyond 64 bits"),
+    "shard_size": (2, "--shard-size 2 is hsdp's"),
+    "eval_every": (1, "--eval-every 1 has nothing to read"),
+    "target_modules": ("q_proj,", "'q_proj,' has an empty name"),
 }
 
 
@@ -82,22 +87,37 @@ def test_bad_options_are_one_line(name: str) -> None:
 
 def test_a_runs_own_file_is_its_options(tmp_path: Path) -> None:
     """What run.json holds reads back as the options that were written."""
-    made = options(steps=7, resume=True, packing=False, shard_size=2)
+    made = options(steps=7, resume=True, packing=False, strategy="hsdp", shard_size=2)
     (tmp_path / "run.json").write_text(json.dumps(made.to_json()))
 
     assert TrainOptions(**from_file(tmp_path / "run.json")) == made
     assert dataclasses.asdict(made)["steps"] == 7
 
 
-def test_an_unknown_option_in_a_file_is_named(tmp_path: Path) -> None:
-    """A misspelt option isn't dropped in silence."""
-    (tmp_path / "run.json").write_text('{"stepz": 3}')
+@pytest.mark.parametrize("content", ['{"stepz": 3}', '{"model": 5}', '{"rank": "8"}', '{"resume": 1}', "[]"])
+def test_a_file_of_other_things_is_refused(tmp_path: Path, content: str) -> None:
+    """A misspelt option, or a value of another kind, isn't dropped in silence."""
+    (tmp_path / "run.json").write_text(content)
 
-    with pytest.raises(OptionError, match="stepz"):
+    with pytest.raises(OptionError, match=r"run\.json"):
         from_file(tmp_path / "run.json")
 
 
-@pytest.mark.parametrize("words", [["train", "--config", "absent.json"], ["nothing"], []], ids=str)
+def test_names_between_commas_may_have_spaces() -> None:
+    """A space after a comma is not part of the next name."""
+    assert options(target_modules="q_proj, k_proj").dora.target_modules == ["q_proj", "k_proj"]
+
+
+USAGE = [
+    ["train", "--config", "absent.json"],
+    ["train", "--config=absent.json"],
+    ["train", "--config"],
+    ["nothing"],
+    [],
+]
+
+
+@pytest.mark.parametrize("words", USAGE, ids=str)
 def test_usage_is_exit_status_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A wrong word is one line on stderr and status 2."""
     assert main(words) == 2
