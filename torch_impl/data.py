@@ -43,17 +43,22 @@ def read_documents(path: Path) -> list[str]:
     """The documents of a .txt or .jsonl file, in order.
 
     Raises:
-        DataError: the file is missing, of another kind, not UTF-8, or a line isn't an object with a string `text`.
+        DataError: the file is missing, of another kind, not UTF-8, without text, or a line isn't an object with a
+            string `text`.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
         raise DataError(f"--data {path} can't be read: {problem}", hint="give a UTF-8 .txt or .jsonl file") from None
     if path.suffix == ".txt":
-        return [part.strip() for part in text.split("\n\n") if part.strip()]
-    if path.suffix != ".jsonl":
+        found = [part.strip() for part in text.split("\n\n") if part.strip()]
+    elif path.suffix == ".jsonl":  # not splitlines, which ends lines at what a JSON string may hold
+        found = [_text_of(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    else:
         raise DataError(f"--data {path} is neither .txt nor .jsonl", hint="name it by what it holds")
-    return [_text_of(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not found:
+        raise DataError(f"--data {path} holds no text", hint="give more text")
+    return found
 
 
 def _text_of(path: Path, number: int, line: str) -> str:
@@ -64,6 +69,10 @@ def _text_of(path: Path, number: int, line: str) -> str:
         raise DataError(f"{path} line {number} is no JSON: {problem}", hint="write one object a line") from None
     if not isinstance(found, dict) or not isinstance(found.get("text"), str):
         raise DataError(f'{path} line {number} has no string "text"', hint='write {"text": "..."} on each line')
+    try:
+        found["text"].encode()
+    except UnicodeEncodeError as problem:
+        raise DataError(f"{path} line {number} is no text: {problem}", hint="write whole characters") from None
     return found["text"]
 
 
@@ -83,6 +92,23 @@ def sequences(documents: Sequence[str], tokenizer: Any, *, seq_len: int, packing
     if not kept:
         raise DataError(f"{len(documents)} documents give no sequence of two tokens", hint="give more text")
     return kept
+
+
+def refuse_beyond(model: Any, items: list[list[int]]) -> None:
+    """What the model, or its skeleton on meta, has no position or no embedding for.
+
+    Raises:
+        DataError: a sequence longer than the model's positions, or a token beyond its vocabulary.
+    """
+    longest, highest = max(map(len, items)), max(map(max, items))
+    positions = getattr(model.config, "max_position_embeddings", None) or longest
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if longest > positions:
+        raise DataError(f"a sequence has {longest} tokens, the model {positions} positions", hint="lower --seq-len")
+    if highest >= vocabulary:
+        raise DataError(
+            f"the tokenizer gives token {highest}, the model knows {vocabulary}", hint="use the model's own tokenizer"
+        )
 
 
 def held_out(items: list[list[int]], *, fraction: float, seed: int) -> tuple[list[list[int]], list[list[int]]]:

@@ -12,6 +12,7 @@ to be overwritten, and the adapters come out as `apply_dora` makes them on the l
 import ctypes
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,7 @@ def materialize(
     dtype: torch.dtype | None = None,
     load: Literal["each", "rank0"] = "each",
     note: Callable[[str], None] = lambda _: None,
+    check: Callable[[nn.Module], None] = lambda _: None,
 ) -> nn.Module:
     """The model with adapters, loaded with no second full-precision copy.
 
@@ -50,12 +52,14 @@ def materialize(
         dtype: the base model's; None is the one its configuration says.
         load: `each` rank reads, or `rank0` does and sends (then every rank needs the files' headers all the same).
         note: called with each module's name before it is loaded.
+        check: called with the skeleton before a weight is read; it raises where the model won't do.
 
     Raises:
         ModelFileError: files are missing, damaged, pickled, or disagree with the configuration.
         DoraError: what `apply_dora` refuses.
     """
     model = skeleton(folder, dtype=dtype)
+    check(model)
     reader = _Reader(folder, model, sends=load == "rank0")
     names = list(inject.target_names(model, config)) if config else []
     for name in names:
@@ -100,13 +104,13 @@ def skeleton(folder: Path, *, dtype: torch.dtype | None) -> nn.Module:
 
     path = folder / "config.json" if folder.is_dir() else folder
     try:
-        found = json.loads(path.read_text())
+        found = dict(json.loads(path.read_text()))
         found.pop("quantization_config", None)
         config = AutoConfig.for_model(**found)
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
-    except (OSError, ValueError, TypeError, KeyError) as problem:
-        reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+    except Exception as problem:  # noqa: BLE001 - transformers raises all kinds at a configuration that is wrong
+        reason = textwrap.shorten(f"{type(problem).__name__}: {problem}", 200)
         raise ModelFileError(f"{path} can't be read: {reason}", hint="give a causal model's checkpoint") from None
     model.name_or_path = str(folder)
     return model.train()

@@ -9,6 +9,7 @@ Clauses: S3, S5, S7, S12, T1 (token-mean loss, accumulation), T2, T3, T5, T6.
 import dataclasses
 import hashlib
 import json
+import textwrap
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +22,10 @@ from torch import nn
 from torch_impl import checkpoint, optim
 from torch_impl.accumulation import backpropagate
 from torch_impl.adapter_files import save_adapter
-from torch_impl.data import Batch, Dealer, collate, held_out, read_documents, sequences
+from torch_impl.data import Batch, Dealer, collate, held_out, read_documents, refuse_beyond, sequences
 from torch_impl.errors import CheckpointError, DataError, OptionError
 from torch_impl.materialize import materialize, recompute_activations
-from torch_impl.options import TrainOptions, torch_dtype
+from torch_impl.options import TrainOptions, refuse_unmatched, targets, torch_dtype
 from torch_impl.phases import Phases
 from torch_impl.report import Report
 from torch_impl.sharding import shard_model, shard_size
@@ -129,6 +130,7 @@ def _started(options: TrainOptions, phases: Phases, *, resume: bool) -> Run:
             dtype=torch_dtype(options.dtype),
             load=options.load,
             note=lambda name: setattr(phases, "detail", name),
+            check=partial(_refuse_model, options=options, items=kept + evaluation),
         )
         model.config.use_cache = False
         if options.checkpoint_activations:
@@ -159,6 +161,12 @@ def _started(options: TrainOptions, phases: Phases, *, resume: bool) -> Run:
     return run
 
 
+def _refuse_model(model: nn.Module, options: TrainOptions, items: list[list[int]]) -> None:
+    """What the skeleton tells: text that the model can't read, targets that it hasn't got."""
+    refuse_beyond(model, items)
+    refuse_unmatched(model, targets(options.target_modules))
+
+
 def _text(options: TrainOptions) -> tuple[list[list[int]], list[list[int]]]:
     """Training and evaluation sequences."""
     from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds
@@ -166,8 +174,8 @@ def _text(options: TrainOptions) -> tuple[list[list[int]], list[list[int]]]:
     documents = read_documents(options.data)
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
-    except (OSError, ValueError) as problem:
-        reason = str(problem).splitlines()[0]
+    except Exception as problem:  # noqa: BLE001 - the tokenizers' own errors are plain ones
+        reason = textwrap.shorten(str(problem), 200)
         raise DataError(f"{options.model} has no tokenizer that loads: {reason}", hint="copy it there") from None
     items = sequences(documents, tokenizer, seq_len=options.seq_len, packing=options.packing)
     return held_out(items, fraction=options.eval_fraction, seed=options.seed)

@@ -3,10 +3,12 @@
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
-from torch_impl.data import IGNORED, Dealer, collate, held_out, read_documents, sequences
+from torch_impl.data import IGNORED, Dealer, collate, held_out, read_documents, refuse_beyond, sequences
 from torch_impl.errors import DataError
 
 
@@ -80,11 +82,33 @@ def test_both_kinds_of_file_are_read(tmp_path: Path) -> None:
     assert read_documents(tmp_path / "a.txt") == read_documents(tmp_path / "a.jsonl") == ["one\nline", "two"]
 
 
+def test_a_json_string_may_hold_what_unicode_calls_a_line_end(tmp_path: Path) -> None:
+    """A line separator inside a string doesn't end the line."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one\u2028\x85two"}, ensure_ascii=False), encoding="utf-8")
+
+    assert read_documents(tmp_path / "a.jsonl") == ["one\u2028\x85two"]
+
+
+@pytest.mark.parametrize(
+    ("items", "words"), [([[1] * 9], "has 9 tokens, the model 8 pos"), ([[1, 5]], "gives token 5")]
+)
+def test_what_the_model_has_no_place_for_is_refused(items: list[list[int]], words: str) -> None:
+    """Too long a sequence, or a token of another vocabulary."""
+    model = nn.Module()
+    model.config = SimpleNamespace(max_position_embeddings=8)
+    model.get_input_embeddings = lambda: nn.Embedding(5, 2)
+
+    with pytest.raises(DataError, match=words):
+        refuse_beyond(model, items)
+
+
 BAD = {
     "a.csv": (b"a,b", "neither .txt nor .jsonl"),
     "b.jsonl": (b'{"text": "x"}\n{"txt": "y"}\n', 'line 2 has no string "text"'),
     "c.jsonl": (b"{", "line 1 is no JSON"),
     "d.txt": (b"\xff\xfe", "can't be read"),
+    "e.txt": (b"\n\n", "e.txt holds no text"),
+    "f.jsonl": (b'{"text": "\\ud800"}', "line 1 is no text"),
 }
 
 

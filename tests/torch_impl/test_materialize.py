@@ -122,6 +122,16 @@ def _escape(folder: Path) -> None:
     path.write_text(path.read_text().replace("model-00001", "../model-00001"))
 
 
+def _configure(**wrong: object) -> Callable[[Path], object]:
+    """Put values into the configuration."""
+
+    def damage(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+
+    return damage
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], type[DoraError], str]] = {
     "truncated": (lambda f: _first(f).write_bytes(_first(f).read_bytes()[:-9]), ModelFileError, "can't be read"),
     "missing-file": (lambda f: _first(f).unlink(), ModelFileError, "can't be read"),
@@ -131,6 +141,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[DoraError], str]] = {
     "escape": (_escape, ModelFileError, "weights lie beside their index"),
     "no-config": (lambda f: (f / "config.json").unlink(), ModelFileError, "can't be read"),
     "config-not-json": (lambda f: (f / "config.json").write_text("{"), ModelFileError, "can't be read"),
+    "config-null": (lambda f: (f / "config.json").write_text("null"), ModelFileError, "can't be read"),
+    "config-text": (_configure(hidden_size="48"), ModelFileError, "hidden_size"),
+    "config-negative": (_configure(hidden_size=-48), ModelFileError, "negative dimension"),
+    "config-heads": (_configure(num_attention_heads=0), ModelFileError, "ZeroDivisionError"),
+    "config-dtype": (_configure(dtype="no"), ModelFileError, "can't be read"),
     "unknown-kind": (lambda f: (f / "config.json").write_text('{"model_type": "no"}'), ModelFileError, "can't be"),
 }
 

@@ -250,6 +250,7 @@ REFUSED = {
     "taken": ({}, "CheckpointError", "holds step-000003"),
     "other-rank": ({"resume": True, "rank": 2}, "CheckpointError", "made with another rank"),
     "other-quant": ({"resume": True, "quant": "nf4"}, "CheckpointError", "made with another quant"),
+    "misspelt-target": ({"target_modules": "q_proj,typo", "resume": True}, "OptionError", "'typo' matches nothing"),
     "alone": ({"strategy": "none"}, "OptionError", "trains each alone"),
     "no-data": ({"data": Path("absent.txt"), "resume": True}, "DataError", "absent.txt can't be read"),
     "no-model": ({"model": Path("absent"), "resume": True}, "DataError", "no tokenizer that loads"),
