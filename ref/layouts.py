@@ -1,7 +1,7 @@
 """Layouts: which rank holds what, as index arithmetic on plain integers.
 
-Clauses S1, S2, S6, S7, and Q3 as far as S1 cuts packed bytes. O(1) or O(members) a call: 16,384 ranks cost what two do.
-`fsdp` applies them to arrays.
+Clauses S1, S2, S6, S7, and Q3 as far as S1 cuts packed bytes. O(1) or O(members) a call: 16,384 ranks cost what two do;
+only `cuts` is about all ranks. `model_layouts` applies them to models, `fsdp` to arrays.
 """
 
 import math
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int64
 
 from ref.types import InputError
 
@@ -85,6 +87,23 @@ class FlatLayout:
             (member.name, slice(*(min(max(end - member.start, 0), member.size) for end in (owned.start, owned.stop))))
             for member in self.members
         ]
+
+    def cuts(self) -> dict[str, Int64[np.ndarray, " ends"]]:
+        """S2: every rank's part of each member at once: rank k owns its elements `[cuts[k], cuts[k + 1])`."""
+        ends = np.arange(self.world_size + 1, dtype=np.int64) * (self.size // self.world_size)
+
+        return {member.name: np.clip(ends - member.start, 0, member.size) for member in self.members}
+
+
+def row_layout(name: str, shape: tuple[int, ...], *, world_size: int) -> FlatLayout:
+    """S1 in S2's terms: a parameter that is cut between rows is a flat parameter of one member.
+
+    The first rank holds the most rows, and torch pads all others to as many.
+    """
+    most = fsdp2_row_range(shape[0], world_size=world_size, rank=0)
+    size = world_size * most.stop * math.prod(shape[1:])
+
+    return FlatLayout((FlatMember(name, shape, start=0),), world_size, size)
 
 
 def flat_layout(
