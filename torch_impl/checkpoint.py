@@ -1,44 +1,30 @@
-"""Training checkpoints: safetensors by torch.distributed.checkpoint, JSON for the rest, checksums, one rename.
+"""Training checkpoints: what they hold of a model, its optimizer and the generators; `checkpoint_files` keeps them.
 
-Clauses: T6 (a resumed run is the run that was never stopped), S12 (any world size), C3 (no pickle), C4 (shards stay
-shards).
+Clauses: T6 (a resumed run is the run that was never stopped), S12 (any world size), C4 (shards stay shards).
 
-    checkpoints/step-000005/
-      shard-*.safetensors   each rank's ranges, with their offsets, of
-                              NAME, optimizer:exp_avg/NAME, ...   row-major flattening of the whole tensor
-                              rng/RANK                            the rank's generator
-      state.json            step, position in the data, optimizer, schedule, options, every tensor's size
-      manifest.json         sha256 and size of each file above
+    NAME, optimizer:exp_avg/NAME, ...   each rank's range of the row-major flattening of the whole tensor
+    rng/RANK, rng:cuda/RANK             the rank's generators
+    state.json                          step, position in the data, optimizer, schedule, options, every tensor's size
 
 Every strategy holds a contiguous range of the flattened tensor (S1, S2), so one layout serves all, and what one
-strategy wrote another reads. All is written to `.writing-step-...`, flushed to disk, and renamed by rank 0 once every
-rank is done: a name without the dot is whole.
+strategy wrote another reads.
 """
 
-import hashlib
-import json
 import math
-import os
-import shutil
-import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, distributed, nn
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch import Tensor, nn
 
+from torch_impl import checkpoint_files
+from torch_impl.checkpoint_files import VERSION, FlatRange, rank, world_size
 from torch_impl.errors import CheckpointError
 from torch_impl.shards import LocalShard, local_shards
 
-MANIFEST, STATE = "manifest.json", "state.json"
-_ASIDE = ".writing-"
-VERSION = 1
+_KINDS = {"step": int, "position": int, "world_size": int, "optimizer": str, "groups": list, "tensors": dict}
 
 
 @dataclass(frozen=True)
@@ -53,52 +39,6 @@ class Saved:
     """What the run must agree with: options, fingerprints."""
 
 
-class FlatRange:
-    """A rank's range of a flattened tensor, in the protocol by which torch.distributed.checkpoint asks for shards."""
-
-    def __init__(self, part: Tensor, start: int, size: int) -> None:
-        self.part, self.start, self.whole = part, start, size
-
-    def size(self) -> torch.Size:
-        """Of the whole flattened tensor."""
-        return torch.Size([self.whole])
-
-    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
-        if not self.part.numel():
-            return []
-        data = TensorWriteData(
-            chunk=self.__create_chunk_list__()[0],
-            properties=TensorProperties.create_from_tensor(self.part),
-            size=self.size(),
-        )
-        index = MetadataIndex(fqn, torch.Size([self.start]))
-        return [WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data)]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        if not self.part.numel():
-            return []
-        return [ChunkStorageMetadata(offsets=torch.Size([self.start]), sizes=self.part.shape)]
-
-
-class _SavePlanner(dcp.DefaultSavePlanner):
-    """Torch's, which looks for a shard only in tensors."""
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        found = self.state_dict[index.fqn]
-        return found.part if isinstance(found, FlatRange) else super().lookup_object(index)
-
-
-class _LoadPlanner(dcp.DefaultLoadPlanner):
-    """Likewise; and it leaves alone what isn't a tensor, where torch's copies it."""
-
-    def set_up_planner(self, state_dict: dict[str, Any], metadata: Any = None, is_coordinator: bool = False) -> None:
-        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        found = self.state_dict[index.fqn]
-        return found.part if isinstance(found, FlatRange) else super().lookup_tensor(index)
-
-
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, saved: Saved) -> Path:
     """Write one checkpoint under `folder`; called by every rank.
 
@@ -108,94 +48,26 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, saved
     Raises:
         CheckpointError: it can't be written, on every rank; what was there before is untouched.
     """
-    name = f"step-{saved.step:06d}"
-    aside = folder / f"{_ASIDE}{name}"
-    _together(folder, lambda: _start(folder, aside), here=_is_first())
-    tensors = _tensors(model, optimizer) | {f"rng/{_rank()}": _generator_state()}
-    _together(folder, lambda: _write_tensors(aside, tensors), here=True)
-    state = _state_json(optimizer, saved, _sizes(tensors))
-    _together(folder, lambda: _finish(aside, folder / name, state), here=_is_first())
-    return folder / name
+    held = _tensors(model, optimizer)
+    state = _state_json(optimizer, saved, _sizes(held))
+    drawn = {_generator_name(device): get() for device, (get, _) in generators().items()}
+    return checkpoint_files.write(folder, saved.step, held | drawn, state)
 
 
-def _together(folder: Path, work: Any, *, here: bool) -> None:
-    """Do a part of a save where it is to be done; a failure anywhere is a failure everywhere."""
-    problem: BaseException | None = None
-    if here:
-        try:
-            work()
-        except (OSError, SafetensorError, dcp.api.CheckpointException) as error:
-            problem = error
-    worst = torch.tensor(int(problem is not None))
-    distributed.all_reduce(worst) if distributed.is_initialized() else None
-    if bool(worst):
-        for left in folder.glob(f"{_ASIDE}*") if _is_first() and folder.is_dir() else ():
-            shutil.rmtree(left, ignore_errors=True)
-        raise CheckpointError(
-            f"no checkpoint can be written under {folder}: {_reason(problem)}",
-            hint="free space or mend the folder, then --resume; earlier checkpoints are whole",
-        )
+def generators() -> dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
+    """What a model may draw from on this rank: by device, how to read and to set its state."""
+    found = {"cpu": (torch.get_rng_state, torch.set_rng_state)}
+    return found | ({"cuda": (torch.cuda.get_rng_state, torch.cuda.set_rng_state)} if torch.cuda.is_available() else {})
 
 
-def _reason(problem: BaseException | None) -> str:
-    """The cause, in one line; torch wraps it."""
-    if isinstance(problem, dcp.api.CheckpointException):
-        problem = next(iter(problem.failures.values()))[0]
-    return " ".join(str(problem).split()) if problem else "see the rank that failed"
+def _generator_name(device: str) -> str:
+    """The stored name of this rank's generator."""
+    return f"rng/{rank()}" if device == "cpu" else f"rng:{device}/{rank()}"
 
 
-def _start(folder: Path, aside: Path) -> None:
-    """An empty directory aside, and nothing left of writes that were cut off."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"{_ASIDE}*"):
-        shutil.rmtree(left)
-    aside.mkdir()
-
-
-def _write_tensors(aside: Path, tensors: dict[str, Any]) -> None:
-    """Each rank its own file."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch deprecates parts of its own writer
-        dcp.save(
-            tensors,
-            storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True),
-            planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            no_dist=_alone(),
-        )
-
-
-def _finish(aside: Path, final: Path, state: dict[str, Any]) -> None:
-    """The JSON files, everything on disk, and the rename that makes it a checkpoint."""
-    (aside / STATE).write_text(json.dumps(state, indent=1) + "\n")
-    files = sorted(path for path in aside.iterdir() if path.is_file())
-    listed = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files}
-    (aside / MANIFEST).write_text(json.dumps({"version": VERSION, "files": listed}, indent=1) + "\n")
-    for path in (*files, aside / MANIFEST, aside):
-        _flush(path)
-    if final.exists():
-        shutil.rmtree(final)
-    aside.replace(final)
-    _flush(final.parent)
-
-
-def _flush(path: Path) -> None:
-    """What was written to this file or directory is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    """A file's checksum."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, FlatRange]:
     """Trainable parameters and their optimizer state, by name, as flat ranges that share the model's memory."""
-    found: dict[str, Any] = {}
+    found: dict[str, FlatRange] = {}
     for shard in local_shards(model, optimizer):
         if shard.kind == "gradient" or shard.name.rpartition(".")[2] not in ("lora_A", "lora_B", "magnitude"):
             continue
@@ -214,11 +86,10 @@ def _flat(shard: LocalShard) -> FlatRange:
     return FlatRange(shard.tensor.view(-1), start if shard.tensor.numel() else 0, size)
 
 
-def _sizes(tensors: dict[str, Any]) -> dict[str, int]:
+def _sizes(tensors: dict[str, FlatRange]) -> dict[str, int]:
     """Elements of each whole tensor, the same on every rank; one with nothing of a parameter has no state of it."""
-    held = [name for name, value in tensors.items() if isinstance(value, FlatRange)]
-    parameters = {name: tensors[name].whole for name in held if "/" not in name}
-    kinds = sorted({name.partition("/")[0] for name in held if "/" in name})
+    parameters = {name: held.whole for name, held in tensors.items() if "/" not in name}
+    kinds = sorted({name.partition("/")[0] for name in tensors if "/" in name})
     return parameters | {f"{kind}/{name}": size for kind in kinds for name, size in parameters.items()}
 
 
@@ -229,46 +100,33 @@ def _state_json(optimizer: torch.optim.Optimizer, saved: Saved, sizes: dict[str,
         "version": VERSION,
         "step": saved.step,
         "position": saved.position,
-        "world_size": 1 if _alone() else distributed.get_world_size(),
+        "world_size": world_size(),
         "optimizer": type(optimizer).__name__,
         "groups": groups,
+        "generators": list(generators()),
         "tensors": sizes,
         "facts": saved.facts,
     }
 
 
-def newest(folder: Path) -> Path | None:
-    """The checkpoint with the highest step; unfinished writes don't count."""
-    found = sorted(path for path in folder.glob("step-*") if path.is_dir()) if folder.is_dir() else []
-    return found[-1] if found else None
-
-
 def read_state(place: Path) -> tuple[dict[str, Any], Saved]:
-    """Check every file against the manifest, then give what the checkpoint says.
+    """What a checkpoint says besides its tensors, once all of it has been found whole.
 
     Raises:
-        CheckpointError: a file is missing, truncated, changed, or one too many.
+        CheckpointError: a file is missing, truncated, changed, or one too many; or it is of another version.
     """
-    hint = f"remove {place.name} to go on from the one before it"
-    try:
-        listed = json.loads((place / MANIFEST).read_text())["files"]
-        for name, facts in listed.items():
-            path = place / name
-            if path.stat().st_size != facts["bytes"] or sha256(path) != facts["sha256"]:
-                raise CheckpointError(f"{path} is not what was written: size or checksum differ", hint=hint)
-        extra = {path.name for path in place.iterdir()} - {MANIFEST, *listed}
-        if extra:
-            raise CheckpointError(f"{place} holds {min(extra)}, which its manifest doesn't name", hint=hint)
-        state = json.loads((place / STATE).read_text())
-        return state, Saved(state["step"], state["position"], state["facts"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise CheckpointError(f"{place} can't be read: {problem}", hint=hint) from None
+    state = checkpoint_files.read_state(place)
+    wrong = [key for key, kind in (_KINDS | {"facts": dict}).items() if not isinstance(state.get(key), kind)]
+    if wrong or state.get("version") != VERSION:
+        what = f"has no {wrong[0]}" if wrong else f"is of version {state.get('version')}, not {VERSION}"
+        raise CheckpointError(f"{place / checkpoint_files.STATE} {what}", hint="use the version that wrote it")
+    return state, Saved(state["step"], state["position"], state["facts"])
 
 
 def load_(place: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Saved:
     """Load a checkpoint into a sharded model and a fresh optimizer, in place; called by every rank.
 
-    At the world size that wrote it each rank's generator goes on where it stopped.
+    At the world size that wrote it each rank's generators go on where they stopped.
 
     Raises:
         CheckpointError: it isn't whole, or doesn't fit the model.
@@ -277,34 +135,26 @@ def load_(place: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Sa
     if state["optimizer"] != type(optimizer).__name__:
         raise CheckpointError(f"{place} was written with {state['optimizer']}", hint="use the same --optimizer")
     _make_state_(optimizer, step=saved.step)
-    for group, stored in zip(optimizer.param_groups, state["groups"], strict=True):
-        group.update({key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()})
     tensors = _tensors(model, optimizer)
-    if _sizes(tensors) != state["tensors"]:
-        wrong = sorted(dict(_sizes(tensors).items() ^ state["tensors"].items()))[:3]
-        raise CheckpointError(
-            f"{place} doesn't fit this model: {', '.join(wrong)}", hint="use the same adapter options"
-        )
-    generator = _generator_state() if state["world_size"] == _world_size() else None
-    _read_tensors(place, tensors | ({f"rng/{_rank()}": generator} if generator is not None else {}))
-    if generator is not None:
-        torch.set_rng_state(generator)
+    sizes, stored = _sizes(tensors), state["tensors"]
+    wrong = sorted(name for name in sizes.keys() | stored.keys() if sizes.get(name) != stored.get(name))
+    if wrong or len(state["groups"]) != len(optimizer.param_groups):
+        what = ", ".join(wrong[:3]) or "its optimizer's groups"
+        raise CheckpointError(f"{place} doesn't fit this model: {what}", hint="use the same adapter options")
+    for group, values in zip(optimizer.param_groups, state["groups"], strict=True):
+        group.update({key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+    drawn = _stored_generators(state)
+    checkpoint_files.read_tensors(place, tensors | drawn)
+    for device, (_, put) in generators().items():
+        if _generator_name(device) in drawn:
+            put(drawn[_generator_name(device)])
     return saved
 
 
-def _read_tensors(place: Path, tensors: dict[str, Any]) -> None:
-    """Each rank reads its ranges, whatever ranges were written."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(
-                tensors,
-                storage_reader=HuggingFaceStorageReader(str(place)),
-                planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                no_dist=_alone(),
-            )
-    except (OSError, SafetensorError, dcp.api.CheckpointException) as problem:
-        raise CheckpointError(f"{place} can't be read: {_reason(problem)}", hint="copy it again") from None
+def _stored_generators(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Room for those of this rank's generators that the checkpoint holds: none at another world size."""
+    held = state.get("generators", ["cpu"]) if state["world_size"] == world_size() else []
+    return {_generator_name(device): get() for device, (get, _) in generators().items() if device in held}
 
 
 def _make_state_(optimizer: torch.optim.Optimizer, *, step: int) -> None:
@@ -320,27 +170,6 @@ def _make_state_(optimizer: torch.optim.Optimizer, *, step: int) -> None:
                 optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
 
 
-def _generator_state() -> Tensor:
-    """The default generator on this rank, as bytes."""
-    return torch.get_rng_state()
-
-
-def _rank() -> int:
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def _is_first() -> bool:
-    return _rank() == 0
-
-
-def _alone() -> bool:
-    return _world_size() == 1
-
-
 def read_adapter(place: Path) -> dict[str, Tensor]:
     """The whole trained tensors of a checkpoint by name, flattened, in float32; no optimizer state.
 
@@ -349,5 +178,5 @@ def read_adapter(place: Path) -> dict[str, Tensor]:
     """
     sizes = {name: size for name, size in read_state(place)[0]["tensors"].items() if "/" not in name}
     whole = {name: FlatRange(torch.empty(size, dtype=torch.float32), 0, size) for name, size in sizes.items()}
-    _read_tensors(place, dict(whole))
+    checkpoint_files.read_tensors(place, dict(whole))
     return {name: held.part for name, held in whole.items()}

@@ -16,7 +16,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from torch_impl import checkpoint
+from torch_impl import checkpoint, checkpoint_files
 from torch_impl.adapter_files import read_adapter, write_adapter
 from torch_impl.config import ALL_LINEAR, DoraConfig
 from torch_impl.errors import CheckpointError, OptionError
@@ -145,7 +145,7 @@ def export(options: ExportOptions) -> int:
 def _chosen(options: ExportOptions) -> Path:
     """The checkpoint that is meant."""
     folder = options.run / "checkpoints"
-    place = checkpoint.newest(folder) if options.step is None else folder / f"step-{options.step:06d}"
+    place = checkpoint_files.newest(folder) if options.step is None else folder / f"step-{options.step:06d}"
     if place is None or not place.is_dir():
         held = sorted(path.name for path in folder.glob("step-*")) if folder.is_dir() else []
         raise CheckpointError(f"{folder} holds no such checkpoint", hint=f"it holds {held or 'none'}")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_impl import checkpoint, optim
+from torch_impl import checkpoint, checkpoint_files, optim
 from torch_impl.accumulation import backpropagate
 from torch_impl.adapter_files import save_adapter
 from torch_impl.data import Batch, Dealer, collate, held_out, read_documents, refuse_beyond, sequences
@@ -113,7 +113,7 @@ def _refuse(options: TrainOptions, phases: Phases, *, restarted: bool) -> None:
         (options.out / f".writable-{phases.rank}").unlink()
     except OSError as problem:
         raise OptionError(f"--out {options.out} can't be written: {problem}", hint="give a writable folder") from None
-    held = checkpoint.newest(options.out / "checkpoints")
+    held = checkpoint_files.newest(options.out / "checkpoints")
     if held and not options.resume and not restarted:
         raise CheckpointError(f"{options.out} holds {held.name}", hint="use --resume, or another --out")
 
@@ -186,12 +186,12 @@ def _facts(options: TrainOptions) -> dict[str, Any]:
     config = options.model / "config.json"
     weights = {path.name: path.stat().st_size for path in sorted(options.model.glob("*.safetensors"))}
     model = hashlib.sha256(json.dumps(weights).encode() + config.read_bytes()).hexdigest()
-    return {"options": options.to_json(), "model": model, "data": checkpoint.sha256(options.data)}
+    return {"options": options.to_json(), "model": model, "data": checkpoint_files.sha256(options.data)}
 
 
 def _resume(run: Run) -> None:
     """Go on from the newest checkpoint; from step 0 where there is none."""
-    place = checkpoint.newest(run.options.out / "checkpoints")
+    place = checkpoint_files.newest(run.options.out / "checkpoints")
     if place is None:
         run.report.say(f"no checkpoint under {run.options.out}: starting at step 0")
         return
@@ -291,7 +291,7 @@ def _evaluate(run: Run) -> None:
 def _save(run: Run) -> None:
     """A checkpoint of the present step, unless it is there already."""
     folder = run.options.out / "checkpoints"
-    held = checkpoint.newest(folder)
+    held = checkpoint_files.newest(folder)
     if held is not None and held.name == f"step-{run.step:06d}":
         return
     run.phases.begin(f"saving step {run.step}")

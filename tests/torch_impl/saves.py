@@ -8,7 +8,7 @@ import onehot
 import torch
 from torch import Tensor, distributed, nn
 
-from torch_impl import ShardConfig, checkpoint, local_shards, shard_model
+from torch_impl import ShardConfig, checkpoint, checkpoint_files, local_shards, shard_model
 
 Held = dict[str, tuple[int, list[float]]]
 """Start and values of this rank's range of each trained tensor and optimizer state."""
@@ -52,7 +52,7 @@ def load_and_save(*, rank: int, world: int, strategy: str, folder: str, onto: st
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.fill_(float(rank + world))
-    saved = checkpoint.load_(checkpoint.newest(Path(folder)), model, optimizer)
+    saved = checkpoint.load_(checkpoint_files.newest(Path(folder)), model, optimizer)
     checkpoint.save(Path(onto), model, optimizer, saved)
     return _held(model, optimizer)
 
@@ -61,7 +61,7 @@ def draws(*, rank: int, world: int, folder: str) -> list[float]:
     """The next random numbers after a load at this world size."""
     model, optimizer = _model("fsdp2")
     torch.manual_seed(1000 * world + rank)
-    checkpoint.load_(checkpoint.newest(Path(folder)), model, optimizer)
+    checkpoint.load_(checkpoint_files.newest(Path(folder)), model, optimizer)
     return torch.rand(3).tolist()
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: damaged ones are refused in one line, and a write that is cut off never shows."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ from onehot import Stack, build
 from saves import save_for_ever
 from torch import nn
 
-from torch_impl import checkpoint
+from torch_impl import checkpoint, checkpoint_files
 from torch_impl.errors import CheckpointError
 
 
@@ -57,6 +58,28 @@ BROKEN = {
 }
 
 
+def _state(**values: object) -> Callable[[Path], None]:
+    """Another state.json, to which the manifest agrees."""
+
+    def damage(place: Path) -> None:
+        state, manifest = (json.loads((place / name).read_text()) for name in ("state.json", "manifest.json"))
+        content = json.dumps(state | values).encode()
+        (place / "state.json").write_bytes(content)
+        manifest["files"]["state.json"] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        (place / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+BROKEN |= {
+    "other-version": (_state(version=2), "is of version 2, not 1"),
+    "step-a-word": (_state(step="x"), "has no step"),
+    "no-groups": (_state(groups=[]), "its optimizer's groups"),
+    "no-facts": (_state(facts=None), "has no facts"),
+    "sizes-of-another-kind": (_state(tensors={"0.lora_A": [3]}), "doesn't fit this model"),
+}
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_c3_a_damaged_checkpoint_is_refused_before_anything_is_loaded(place: Path, name: str) -> None:
     """One line with the place, and the model as it was."""
@@ -69,6 +92,32 @@ def test_c3_a_damaged_checkpoint_is_refused_before_anything_is_loaded(place: Pat
         checkpoint.load_(place, model, optimizer)
     assert "\n" not in str(caught.value)
     assert all(torch.equal(a, b) for a, b in zip(before, adapters(model), strict=True))
+
+
+def test_the_newest_is_the_one_of_most_steps(tmp_path: Path) -> None:
+    """A seventh digit, and a folder that a user has put aside, change nothing."""
+    for name in ("step-999999", "step-1000000", "step-old", "step-000003.bak"):
+        (tmp_path / name).mkdir()
+
+    assert checkpoint_files.newest(tmp_path) == tmp_path / "step-1000000"
+
+
+@pytest.mark.parametrize("held", [["cpu", "cuda"], ["cpu"]], ids=["both", "older"])
+def test_t6_every_generator_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: list[str]) -> None:
+    """A device's generator is kept beside the processor's; what a checkpoint lacks stands where it stood."""
+    device = torch.Generator().manual_seed(5)
+    pairs = {"cpu": (torch.get_rng_state, torch.set_rng_state), "cuda": (device.get_state, device.set_state)}
+    monkeypatch.setattr(checkpoint, "generators", lambda: {name: pairs[name] for name in held})
+    place = checkpoint.save(tmp_path, *trained(), checkpoint.Saved(1, 7, {}))
+    want = torch.rand(3), torch.rand(3, generator=device)
+    if held == ["cpu"]:
+        device.manual_seed(5)
+
+    monkeypatch.setattr(checkpoint, "generators", lambda: pairs)
+    checkpoint.load_(place, *(trained()))
+
+    assert torch.equal(torch.rand(3), want[0])
+    assert torch.equal(torch.rand(3, generator=device), want[1])
 
 
 def test_c3_no_pickle_is_written(place: Path) -> None:
@@ -92,7 +141,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(place: Path, monkeypatch: pyt
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_flush", full)
+    monkeypatch.setattr(checkpoint_files, "_flush", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         checkpoint.save(place.parent, *trained(), checkpoint.Saved(2, 8, {}))
     assert [p.name for p in place.parent.iterdir()] == [place.name]
@@ -130,7 +179,7 @@ def test_fifty_kills_while_saving_leave_fifty_loadable_checkpoints(tmp_path: Pat
         ranks[1 - victim].kill()
         for rank in ranks:
             rank.join()
-        newest = checkpoint.newest(folder)
+        newest = checkpoint_files.newest(folder)
         assert newest is not None
         model = build(Stack())
         saved = checkpoint.load_(newest, model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad]))

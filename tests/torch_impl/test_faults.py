@@ -12,7 +12,7 @@ from launched import kill_in_a_collective, kill_in_a_save, kill_in_the_load, kil
 from safetensors.torch import load_file
 from small import write_model, write_text
 
-from torch_impl import checkpoint
+from torch_impl import checkpoint, checkpoint_files
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(240)]
 LONG = 100_000
@@ -72,7 +72,7 @@ def test_a_killed_rank_ends_the_job_and_is_named_last(
     last = ending.lines[-1]
     assert last.startswith(f"rank {rank} (pid {ending.victim} on ")
     assert f"was lost in {moment.phase}" in last
-    place = checkpoint.newest(tmp_path / "out" / "checkpoints")
+    place = checkpoint_files.newest(tmp_path / "out" / "checkpoints")
     assert place is None or checkpoint.read_state(place)[1].step == int(place.name.removeprefix("step-"))
 
 
@@ -96,7 +96,7 @@ def test_sigterm_saves_and_ends_in_order(tmp_path: Path, words: Callable[..., li
     assert "adapter and checkpoint of step" in text
     assert "was lost" not in text
     assert "exitcode" not in text
-    place = checkpoint.newest(tmp_path / "out" / "checkpoints")
+    place = checkpoint_files.newest(tmp_path / "out" / "checkpoints")
     assert place is not None
     assert checkpoint.read_state(place)[1].step >= 7
 

@@ -8,7 +8,7 @@ import pytest
 from launched import watch
 from small import write_model, write_text
 
-from torch_impl import checkpoint
+from torch_impl import checkpoint, checkpoint_files
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(240)]
 
@@ -52,7 +52,7 @@ def _ends_in_one_line(words: list[str], log: Path, *, until: str, act: Callable[
 
 def _is_whole(folder: Path) -> bool:
     """Whether the newest checkpoint reads, and no half of one is left."""
-    place = checkpoint.newest(folder)
+    place = checkpoint_files.newest(folder)
     assert place is not None
     assert checkpoint.read_state(place)[1].step == int(place.name.removeprefix("step-"))
     return not list(folder.glob(".*"))

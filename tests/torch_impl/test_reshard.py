@@ -9,7 +9,7 @@ from ranks import Pools
 from safetensors import safe_open
 from saves import whole
 
-from torch_impl import checkpoint
+from torch_impl import checkpoint_files
 
 pytestmark = pytest.mark.distributed
 
@@ -46,7 +46,7 @@ def test_c3_c4_a_checkpoint_is_safetensors_and_json_of_shards(pools: Pools, tmp_
     """No other kind of file is there, and no rank's file holds a sharded tensor whole."""
     pools.run(2, "saves:train_and_save", strategy="fsdp2", folder=str(tmp_path))
 
-    place = checkpoint.newest(tmp_path)
+    place = checkpoint_files.newest(tmp_path)
     assert {path.suffix for path in place.iterdir()} == {".safetensors", ".json"}
     sizes = json.loads((place / "state.json").read_text())["tensors"]
     for path in place.glob("*.safetensors"):
