@@ -39,10 +39,11 @@ class Report:
         out = self.options.out
         try:
             out.mkdir(parents=True, exist_ok=True)
-            (out / "run.json").write_text(json.dumps(self.options.to_json(), indent=1) + "\n")
-            kept = _records_until(out / "metrics.jsonl", step) if step else []
-            (out / "metrics.jsonl").write_text("".join(kept))
+            aside = out / ".run.json"
+            aside.write_text(json.dumps(self.options.to_json(), indent=1) + "\n")
+            aside.replace(out / "run.json")
             self._metrics = (out / "metrics.jsonl").open("a", buffering=1)
+            self._metrics.truncate(_bytes_until(out / "metrics.jsonl", step) if step else 0)
         except OSError as problem:
             raise OptionError(f"--out {out} can't be written: {problem}", hint="give a writable directory") from None
         if self.options.tensorboard:
@@ -60,7 +61,8 @@ class Report:
     def __exit__(self, *_: object) -> None:
         for held, end in ((self._bar, "stop"), (self._board, "close"), (self._metrics, "close")):
             if held is not None:
-                getattr(held, end)()
+                with suppress(OSError):  # the disk is full: what ends the run says so
+                    getattr(held, end)()
 
     def say(self, line: str) -> None:
         """One line on rank 0."""
@@ -95,21 +97,22 @@ class Report:
             with suppress(OSError):
                 self._metrics.write(json.dumps(record) + "\n")
         if self._board is not None:
-            for name, value in record.items():
-                self._board.add_scalar(name, value, record["step"])
+            with suppress(OSError):
+                for name, value in record.items():
+                    self._board.add_scalar(name, value, record["step"])
 
 
-def _records_until(path: Path, step: int) -> list[str]:
-    """The lines up to a step; a line cut off by a crash ends them."""
-    kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.is_file() else []:
+def _bytes_until(path: Path, step: int) -> int:
+    """How far the records up to a step reach; a line cut off by a crash ends them."""
+    size = 0
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] > step:
+            if json.loads(line)["step"] > step or not line.endswith(b"\n"):
                 break
         except (ValueError, KeyError, TypeError):
             break
-        kept.append(line)
-    return kept
+        size += len(line)
+    return size
 
 
 def _board(out: Path) -> Any:

@@ -6,11 +6,12 @@ Clauses: S3, S5, S7, S12, T1 (token-mean loss, accumulation), T2, T3, T5, T6.
     a step: N_total over ranks and forwards -> each forward: world * sum / N_total, backward -> norm -> clip -> update
 """
 
-import dataclasses
-import hashlib
-import json
+import fcntl
+import os
 import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,9 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_impl import checkpoint, checkpoint_files, optim
+from torch_impl import checkpoint, checkpoint_files, continuation, optim
 from torch_impl.accumulation import backpropagate
-from torch_impl.adapter_files import save_adapter
+from torch_impl.adapter_files import WEIGHTS, save_adapter
 from torch_impl.data import Batch, Dealer, collate, held_out, read_documents, refuse_beyond, sequences
 from torch_impl.errors import CheckpointError, DataError, OptionError
 from torch_impl.materialize import materialize, recompute_activations
@@ -29,23 +30,6 @@ from torch_impl.options import TrainOptions, refuse_unmatched, targets, torch_dt
 from torch_impl.phases import Phases
 from torch_impl.report import Report
 from torch_impl.sharding import shard_model, shard_size
-
-# what a resumed run must share with the run that it continues
-_SAME = ("method", "quant", "rank", "alpha", "rank_stabilized", "target_modules", "optimizer", "dtype", "compute_dtype")
-_WARNED = (
-    "seed",
-    "seq_len",
-    "packing",
-    "schedule",
-    "lr",
-    "warmup_steps",
-    "steps",
-    "clip_norm",
-    "weight_decay",
-    "dropout",
-)
-# of an option that is newer than the checkpoint
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainOptions)}
 
 
 @dataclass
@@ -83,7 +67,14 @@ def train(options: TrainOptions, phases: Phases, *, restarted: bool = False) -> 
         DoraError: what can't be done as asked, in one line.
     """
     _refuse(options, phases, restarted=restarted)
-    run = _started(options, phases, resume=options.resume or restarted)
+    with _alone_in(options.out, rank=phases.rank):
+        _to_the_end(_started(options, phases, resume=options.resume or restarted))
+    phases.begin("the end")
+
+
+def _to_the_end(run: Run) -> None:
+    """Step, save and evaluate until the last step, or until a rank is asked to stop; then save for good."""
+    options, phases = run.options, run.phases
     with run.report:
         while run.step < options.steps:
             phases.begin(f"step {run.step + 1}")
@@ -100,7 +91,30 @@ def train(options: TrainOptions, phases: Phases, *, restarted: bool = False) -> 
         phases.begin("saving the adapter")
         save_adapter(run.model, options.out / "adapter")
         run.report.say(f"adapter and checkpoint of step {run.step} saved under {options.out}")
-    phases.begin("the end")
+
+
+@contextmanager
+def _alone_in(out: Path, *, rank: int) -> Iterator[None]:
+    """Rank 0 locks the output: two runs in one folder would delete each other's files.
+
+    Raises:
+        OptionError: another run holds it.
+    """
+    if rank:
+        yield
+        return
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise OptionError(f"another run is writing --out {out}", hint="end it, or give another --out") from None
+    except OSError:
+        pass  # some network file systems lock no folders
+    try:
+        yield
+    finally:
+        os.close(folder)
 
 
 def _refuse(options: TrainOptions, phases: Phases, *, restarted: bool) -> None:
@@ -116,6 +130,8 @@ def _refuse(options: TrainOptions, phases: Phases, *, restarted: bool) -> None:
     held = checkpoint_files.newest(options.out / "checkpoints")
     if held and not options.resume and not restarted:
         raise CheckpointError(f"{options.out} holds {held.name}", hint="use --resume, or another --out")
+    if held is None and (options.out / "adapter" / WEIGHTS).exists():
+        raise CheckpointError(f"{options.out} holds an adapter and no checkpoint", hint="use another --out")
 
 
 def _started(options: TrainOptions, phases: Phases, *, resume: bool) -> Run:
@@ -150,7 +166,7 @@ def _started(options: TrainOptions, phases: Phases, *, resume: bool) -> Run:
         optimizer=optimizer,
         dealer=dealer,
         evaluation=evaluation,
-        facts=_facts(options),
+        facts=continuation.facts(options),
         report=Report(options, rank=phases.rank),
         replicas=phases.world_size // shards,
     )
@@ -181,40 +197,25 @@ def _text(options: TrainOptions) -> tuple[list[list[int]], list[list[int]]]:
     return held_out(items, fraction=options.eval_fraction, seed=options.seed)
 
 
-def _facts(options: TrainOptions) -> dict[str, Any]:
-    """What a checkpoint remembers of its run: options, and what model and data were."""
-    config = options.model / "config.json"
-    weights = {path.name: path.stat().st_size for path in sorted(options.model.glob("*.safetensors"))}
-    model = hashlib.sha256(json.dumps(weights).encode() + config.read_bytes()).hexdigest()
-    return {"options": options.to_json(), "model": model, "data": checkpoint_files.sha256(options.data)}
-
-
 def _resume(run: Run) -> None:
     """Go on from the newest checkpoint; from step 0 where there is none."""
     place = checkpoint_files.newest(run.options.out / "checkpoints")
     if place is None:
         run.report.say(f"no checkpoint under {run.options.out}: starting at step 0")
         return
-    _, saved = checkpoint.read_state(place)
-    _compare(run, place, saved.facts)
+    state, saved = checkpoint.read_state(place)
+    if saved.step > run.options.steps:
+        raise OptionError(f"--steps {run.options.steps} is below {place.name}, done already", hint="raise it")
+    worlds = (state["world_size"], run.phases.world_size)
+    changed = continuation.differences(place, saved.facts, run.facts, worlds=worlds)
+    if changed:
+        run.report.say(f"changed since {place.name}: {', '.join(changed)}; the run isn't the one it continues")
     checkpoint.load_(place, run.model, run.optimizer)
+    for group in run.optimizer.param_groups:
+        group["weight_decay"] = run.options.weight_decay
     run.step, run.position = saved.step, saved.position
     _tell_recorder(run, place)
     run.report.say(f"resumed from {place.name}")
-
-
-def _compare(run: Run, place: Path, facts: dict[str, Any]) -> None:
-    """Refuse to continue another run; say what else has changed."""
-    then, now = _DEFAULTS | facts["options"], run.facts["options"]
-    differing = [name for name in _SAME if then[name] != now[name]]
-    if facts["model"] != run.facts["model"]:
-        differing.append("model")
-    if differing:
-        raise CheckpointError(f"{place} was made with another {', '.join(differing)}", hint="use the same options")
-    changed = [name for name in _WARNED if then[name] != now[name]]
-    changed += ["data"] if facts["data"] != run.facts["data"] else []
-    if changed:
-        run.report.say(f"changed since {place.name}: {', '.join(changed)}; the run isn't the one it continues")
 
 
 def _one_step(run: Run) -> bool:

@@ -1,6 +1,8 @@
 """Run by ranks: whole training runs in a pool's process group, and what they leave behind."""
 
+import contextlib
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,13 @@ def train(*, rank: int, world: int, options: dict[str, Any], stop_after: int | N
         if stop_after is not None and rank == world - 1:
             module._one_step = plain
     return ""
+
+
+def said(*, rank: int, world: int, options: dict[str, Any]) -> list[str]:
+    """The lines that a run prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as lines:
+        train(rank=rank, world=world, options=options)
+    return lines.getvalue().splitlines()
 
 
 def poisoned(*, rank: int, world: int, options: dict[str, Any], value: float) -> str:
@@ -105,3 +114,24 @@ def norm(*, rank: int, world: int, strategy: str) -> tuple[float, float]:
     model(torch.randn(4, 66)).sum().backward()
     replicas = world // shard_size(ShardConfig(strategy=strategy), world_size=world)
     return optim.gradient_norm(model, replicas=replicas), optim.squared_norm(optim.gradients(whole)) ** 0.5
+
+
+def adapter(options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What a run wrote as its adapter."""
+    return load_file(options["out"] / "adapter" / "adapter_model.safetensors")
+
+
+def values(options: dict[str, Any], name: str) -> list[float]:
+    """What was recorded under a name at each step."""
+    records = [json.loads(line) for line in (options["out"] / "metrics.jsonl").read_text().splitlines()]
+    return [record[name] for record in records if name in record]
+
+
+def losses(options: dict[str, Any]) -> list[float]:
+    """The loss of each step."""
+    return values(options, "loss")
+
+
+def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    """The same names, the same bits."""
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

@@ -1,6 +1,5 @@
 """`train` in a pool of ranks: strategies agree, resumption is bitwise, what must stop a run stops it."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,66 +9,10 @@ import numpy as np
 import pytest
 import torch
 from ranks import Pools
-from runs import whole_tensors
-from safetensors.torch import load_file
-from small import write_model, write_text
+from runs import adapter, equal, losses, values, whole_tensors
 
 pytestmark = pytest.mark.distributed
 SHARDED = ["fsdp1", "fsdp1-orig", "fsdp2", "hsdp"]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model and text."""
-    folder = tmp_path_factory.mktemp("source")
-    write_model(folder / "model")
-    write_text(folder / "text.txt")
-    return folder
-
-
-@pytest.fixture
-def options(source: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Options of a short run in a folder of its own."""
-
-    def make(name: str = "out", **changed: Any) -> dict[str, Any]:
-        return {
-            "model": source / "model", "data": source / "text.txt", "out": tmp_path / name, "steps": 3,
-            "batch_size": 2, "seq_len": 24, "lr": 1e-2, "rank": 3, "clip_norm": 0.0, "packing": False,
-        } | changed  # fmt: skip
-
-    return make
-
-
-def adapter(options: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What a run wrote as its adapter."""
-    return load_file(options["out"] / "adapter" / "adapter_model.safetensors")
-
-
-def values(options: dict[str, Any], name: str) -> list[float]:
-    """What was recorded under a name at each step."""
-    records = [json.loads(line) for line in (options["out"] / "metrics.jsonl").read_text().splitlines()]
-    return [record[name] for record in records if name in record]
-
-
-def losses(options: dict[str, Any]) -> list[float]:
-    """The loss of each step."""
-    return values(options, "loss")
-
-
-def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    """The same names, the same bits."""
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-def forget(place: Path, *names: str) -> None:
-    """Take options out of a checkpoint, and make its manifest agree."""
-    state, manifest = (json.loads((place / name).read_text()) for name in ("state.json", "manifest.json"))
-    for name in names:
-        del state["facts"]["options"][name]
-    (place / "state.json").write_text(json.dumps(state))
-    content = (place / "state.json").read_bytes()
-    manifest["files"]["state.json"] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    (place / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])
@@ -206,18 +149,6 @@ def test_q3_the_storage_of_packed_bytes_changes_no_bit(
     assert equal(adapter(plain), adapter(other))
 
 
-def test_a_checkpoint_older_than_an_option_resumes(pools: Pools, options: Callable[..., dict[str, Any]]) -> None:
-    """What its options lack counts as the default, whose run it was."""
-    whole, cut = options("whole", steps=4), options("cut", steps=4)
-    pools.run(2, "runs:train", options=whole)
-    pools.run(2, "runs:train", options=cut, stop_after=2)
-    place = cut["out"] / "checkpoints" / "step-000002"
-    forget(place, "dropout", "rank_stabilized")
-
-    assert pools.run(2, "runs:train", options=cut | {"resume": True}) == ["", ""]
-    assert equal(adapter(cut), adapter(whole))
-
-
 def test_tensorboard_has_what_metrics_have(pools: Pools, options: Callable[..., dict[str, Any]]) -> None:
     """--tensorboard: each step's loss and rate, and each evaluation, as metrics.jsonl has them in float32."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415 - slow
@@ -251,6 +182,7 @@ REFUSED = {
     "other-rank": ({"resume": True, "rank": 2}, "CheckpointError", "made with another rank"),
     "other-quant": ({"resume": True, "quant": "nf4"}, "CheckpointError", "made with another quant"),
     "misspelt-target": ({"target_modules": "q_proj,typo", "resume": True}, "OptionError", "'typo' matches nothing"),
+    "fewer-steps": ({"resume": True, "steps": 2}, "OptionError", "--steps 2 is below step-000003"),
     "alone": ({"strategy": "none"}, "OptionError", "trains each alone"),
     "no-data": ({"data": Path("absent.txt"), "resume": True}, "DataError", "absent.txt can't be read"),
     "no-model": ({"model": Path("absent"), "resume": True}, "DataError", "no tokenizer that loads"),
