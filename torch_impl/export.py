@@ -14,15 +14,16 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from torch_impl import checkpoint, checkpoint_files
-from torch_impl.adapter_files import read_adapter, write_adapter
-from torch_impl.config import ALL_LINEAR, DoraConfig
+from torch_impl import checkpoint, checkpoint_files, continuation
+from torch_impl.adapter_files import WEIGHTS, read_adapter, write_adapter
+from torch_impl.config import DoraConfig
 from torch_impl.errors import CheckpointError, OptionError
 from torch_impl.materialize import materialize, skeleton
 from torch_impl.merge import merge_adapter
-from torch_impl.options import Dtype, torch_dtype
+from torch_impl.options import Dtype, targets, torch_dtype
 from torch_impl.peft_names import adapter_shapes, target_rows
 
 _TOKENIZER_FILES = (
@@ -94,14 +95,25 @@ def merge(options: MergeOptions) -> int:
     Raises:
         DoraError: what can't be done as asked; nothing is left behind.
     """
-    _refuse_existing(options.out)
+    _refuse_existing(options.out, options.out)
     model: Any = merged_model(
         options.model,
         options.adapter,
         quant=None if options.quant == "none" else "nf4",
         dtype=torch_dtype(options.dtype),
     )
+    try:
+        _write_model(model, options)
+    except (OSError, SafetensorError) as problem:
+        raise OptionError(f"--out {options.out} can't be written: {problem}", hint="give a writable folder") from None
+    lossy = "dequantised from nf4, " if options.quant == "nf4" else ""
     dtype = next(model.parameters()).dtype
+    _say(f"{options.out}: plain weights, {lossy}c * V formed in float32 and rounded once to {dtype}")
+    return 0
+
+
+def _write_model(model: Any, options: MergeOptions) -> None:
+    """Weights, configuration and tokenizer, aside and renamed."""
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out.parent, prefix=".merge-") as aside:
         place = Path(aside) / "model"
@@ -110,29 +122,27 @@ def merge(options: MergeOptions) -> int:
             for path in options.model.glob(pattern):
                 shutil.copyfile(path, place / path.name)
         place.replace(options.out)
-    lossy = "dequantised from nf4, " if options.quant == "nf4" else ""
-    _say(f"{options.out}: plain weights, {lossy}c * V formed in float32 and rounded once to {dtype}")
-    return 0
 
 
 def export(options: ExportOptions) -> int:
     """The verb: a checkpoint's adapter as PEFT's files.
 
     Raises:
+        OptionError: there is an adapter where it is to be written.
         CheckpointError: there is none, or it isn't whole.
         ModelFileError: the base model's configuration isn't where it was in training.
     """
+    _refuse_existing(options.out, options.out / WEIGHTS)
     place = _chosen(options)
     _, saved = checkpoint.read_state(place)
-    made_with = saved.facts["options"]
-    targets = made_with["target_modules"]
+    made_with = continuation.made_with(place, saved.facts)
     config = DoraConfig(
         rank=made_with["rank"],
         alpha=made_with["alpha"],
-        target_modules=ALL_LINEAR if targets == ALL_LINEAR else targets.split(","),
+        target_modules=targets(made_with["target_modules"]),
         rank_stabilized=made_with["rank_stabilized"],
         method=made_with["method"],
-        dropout=made_with.get("dropout", 0.0),
+        dropout=made_with["dropout"],
     )
     with torch.device("meta"):
         layers = target_rows(skeleton(Path(made_with["model"]), dtype=None), config)
@@ -160,10 +170,10 @@ def _shaped(place: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor
     return {name: flat.view(shapes[name]) for name, flat in found.items()}
 
 
-def _refuse_existing(out: Path) -> None:
+def _refuse_existing(out: Path, written: Path) -> None:
     """Nothing is ever overwritten."""
-    if out.exists():
-        raise OptionError(f"--out {out} exists", hint="give a new directory")
+    if written.exists():
+        raise OptionError(f"--out {out}: {written.name} exists", hint="give a new directory")
 
 
 def _say(line: str) -> None:

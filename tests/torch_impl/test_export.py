@@ -117,7 +117,7 @@ def checkpointed(base: Path, run: Path, method: str) -> nn.Module:
     logits_sum = model(input_ids=torch.arange(12)[None]).logits.square().mean()
     logits_sum.backward()
     optimizer.step()
-    options = CONFIG | {"method": method, "rank_stabilized": False, "target_modules": "all-linear", "model": str(base)}
+    options = CONFIG | {"method": method, "target_modules": "all-linear", "model": str(base)}  # of an older version
     checkpoint.save(run / "checkpoints", model, optimizer, checkpoint.Saved(3, 6, {"options": options}))
     return model
 
@@ -146,6 +146,23 @@ def test_c1_peft_reads_what_was_exported(base: Path, tmp_path: Path) -> None:
 
     theirs = peft.PeftModel.from_pretrained(load(base), tmp_path / "adapter")
     assert float((logits(theirs) - want).abs().max()) <= NEAR * float(want.abs().max())
+
+
+def test_export_overwrites_no_adapter(base: Path, tmp_path: Path) -> None:
+    """A folder that holds one is refused."""
+    checkpointed(base, tmp_path, "dora")
+    export(ExportOptions(tmp_path, tmp_path / "adapter"))
+
+    with pytest.raises(OptionError, match=r"adapter: adapter_model\.safetensors exists"):
+        export(ExportOptions(tmp_path, tmp_path / "adapter", step=3))
+
+
+def test_merge_where_nothing_can_be_written_is_one_line(base: Path, tmp_path: Path) -> None:
+    """A place below a file is named."""
+    save_adapter(adapted(base), tmp_path / "adapter")
+
+    with pytest.raises(OptionError, match="can't be written"):
+        merge(MergeOptions(base, tmp_path / "adapter", base / "config.json" / "merged"))
 
 
 def test_export_of_a_step_that_is_not_there_says_which_are(base: Path, tmp_path: Path) -> None:
