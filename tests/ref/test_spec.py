@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.metadata
 import re
 from pathlib import Path
 
@@ -25,7 +26,19 @@ def clauses() -> dict[str, str]:
     return {part.split()[0]: re.split(r"^## ", part, flags=re.MULTILINE)[0] for part in parts}
 
 
+PEERS = r"(?:peft|torchtune|torchao|mlx-lm|mlx|bitsandbytes|optax|torch|transformers|NVlabs|fsdp_qlora)"
+RUN = re.compile(rf"(?<![\w-])({PEERS})(?:'s|/DoRA at| at)? (\d+(?:\.\d+)+|[0-9a-f]{{7}})(?!\w)")
+"""A name with the version that was run."""
+NOBODY = "none found among peft {peft}, torchtune {torchtune}, torchao {torchao}, mlx {mlx}"
+
+
+def preamble() -> str:
+    """The text before the first heading of the second level."""
+    return " ".join((ROOM / "SPEC.md").read_text(encoding="utf-8").partition("\n## ")[0].split())
+
+
 CLAUSES = clauses()
+VERSIONS = dict(RUN.findall(preamble().partition("Under `Differs`")[2]))
 EACH = pytest.mark.parametrize("clause", SPECIFIED)
 
 
@@ -64,6 +77,25 @@ def test_clauses_are_whole(clause: str) -> None:
 
     assert labels == LINES
     assert any(statement)
+
+
+@EACH
+def test_differs_says_who_was_run(clause: str) -> None:
+    """Who differs is named with the version that was run, or nobody was found among those who were."""
+    text = " ".join(
+        re.findall(r"^Differs: (.*?)^Function: ", CLAUSES[clause], flags=re.MULTILINE | re.DOTALL)[0].split()
+    )
+    named = RUN.findall(text)
+
+    assert named
+    assert all(VERSIONS[name] == version for name, version in named)
+    assert "none found" not in text or text.startswith(NOBODY.format(**VERSIONS))
+
+
+@pytest.mark.parametrize("name", ["peft", "bitsandbytes", "optax", "torch", "transformers"])
+def test_versions_that_were_run_are_those_installed(name: str) -> None:
+    """What is said of a peer is said of the one that the tests run: a new one is run before its number is written."""
+    assert VERSIONS[name] == importlib.metadata.version(name).partition("+")[0]
 
 
 @EACH
