@@ -23,6 +23,8 @@ from torch_impl.phases import Phases
 from torch_impl.recorder import Recorder
 
 _PR_SET_PDEATHSIG = 1
+_REACH = 8.0
+"""Seconds to reach the launcher's store: it is there before any rank is, so one that can't be reached is gone."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,13 @@ def joined(place: Seat, *, phase_timeout: float) -> Iterator[Phases]:
     try:
         if place.launched:
             _end_with_parent()
-        _stop_on_sigterm(phases)
-        phases.watch()
-        _join(place, phases)
-        yield phases
-    finally:
-        with suppress(RuntimeError):
-            if distributed.is_initialized() and sys.exc_info()[0] is None:
+        with _stopping_on_sigterm(phases):
+            phases.watch()
+            _join(place, phases)
+            yield phases
+            with suppress(RuntimeError):
                 distributed.destroy_process_group()
-        phases.end_watch()
+    finally:
         recorder.end()
 
 
@@ -101,13 +101,27 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _stop_on_sigterm(phases: Phases) -> None:
-    """SIGTERM only asks: the loop saves and ends at its next step."""
+@contextmanager
+def _stopping_on_sigterm(phases: Phases) -> Iterator[None]:
+    """SIGTERM only asks: the loop saves and ends at its next step.
+
+    A rank that waits in a collective runs no handler, so the watchdog hears of the signal through a pipe.
+    """
 
     def ask(*_: object) -> None:
         phases.stop_requested_at = phases.stop_requested_at or time.monotonic()
 
+    reads, writes = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    phases.signals = reads
     signal.signal(signal.SIGTERM, ask)
+    signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        phases.end_watch()
+        os.close(reads)
+        os.close(writes)
 
 
 def _join(place: Seat, phases: Phases) -> None:
@@ -123,12 +137,37 @@ def _join(place: Seat, phases: Phases) -> None:
     if not place.launched:
         distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1, timeout=limit)
         return
+    _refuse_unreachable(place)
     store = _store(place, timeout=limit)
     store.set(f"who/{place.rank}", f"{os.getpid()} {socket.gethostname()}")
     words = [store.get(f"who/{rank}").decode().split(" ", 1) for rank in range(place.world_size)]
     phases.peers = tuple((int(process), host) for process, host in words)
     phases.store = _store(place, timeout=timedelta(seconds=10))
     distributed.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=limit)
+
+
+def _refuse_unreachable(place: Seat) -> None:
+    """A rank that was still importing when torchrun was killed has no parent to end with, and no store to wait for.
+
+    Raises:
+        PeerLostError: nothing listens where the launcher's store should.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return  # rank 0 will serve it
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    deadline = time.monotonic() + _REACH
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=_REACH).close()
+        except OSError as problem:
+            if time.monotonic() > deadline:
+                raise PeerLostError(
+                    f"rank {place.rank} can't reach the launcher's store at {host}:{port}: {problem}",
+                    hint="torchrun is gone, or this host can't reach that one",
+                ) from None
+            time.sleep(0.5)
+        else:
+            return
 
 
 def _store(place: Seat, *, timeout: timedelta) -> Any:
@@ -148,7 +187,7 @@ def one_line(place: Seat) -> Iterator[None]:
     try:
         yield
     except DoraError as error:
-        if _first_to_speak(place):
+        if isinstance(error, PeerLostError) or _first_to_speak(place):
             sys.stderr.write(f"error: {error}\n")
     except RuntimeError as error:
         if not isinstance(error, distributed.DistError) and "gloo" not in str(error) and "peer" not in str(error):

@@ -22,8 +22,9 @@ from torch_impl.recorder import Recorder
 
 EXPIRED = 3
 """Exit status of a run that a watchdog ended."""
-GRACE = 25.0
-"""Seconds from SIGTERM until a rank that hasn't stopped is ended: torchrun kills after 30."""
+GRACE = 24.0
+"""Seconds from SIGTERM until a rank that hasn't stopped is ended: torchrun kills after 30, and answers take some."""
+_START = "start"
 _ANSWER_SECONDS = 4.0
 _POLL_SECONDS = 0.5
 
@@ -61,8 +62,10 @@ class Phases:
     peers: tuple[tuple[int, str], ...] = ()
     """Process and host of each rank."""
     detail: str = ""
+    signals: int | None = None
+    """A pipe that holds the numbers of signals which have come: a rank inside a collective runs no handler."""
     stop_requested_at: float | None = None
-    _name: str = "start"
+    _name: str = _START
     _since: float = field(default_factory=time.monotonic)
     _main: int = field(default_factory=threading.get_ident)
     _watchdog: threading.Thread | None = None
@@ -101,13 +104,30 @@ class Phases:
     def _watch(self) -> None:
         """Until the run is over: is this phase past its limit, or has another rank's passed?"""
         while not self._over.wait(_POLL_SECONDS):
+            self._hear()
             stopping = self.stop_requested_at
+            if stopping is not None and self._name == _START:
+                self._leave()
             if stopping is not None and time.monotonic() - stopping > GRACE:
                 self._end(f"not stopped {GRACE:.0f} s after SIGTERM")
             if time.monotonic() - self._since > self.limit:
                 self._end(f"past --phase-timeout {self.limit:g} s")
             if self._others_expired():
                 self._end("ended because another rank's phase is past its limit", noticed=False)
+
+    def _hear(self) -> None:
+        """Whether SIGTERM has come since the last time."""
+        with suppress(BlockingIOError):
+            if self.signals is not None and signal.SIGTERM in os.read(self.signals, 64):
+                self.stop_requested_at = self.stop_requested_at or time.monotonic()
+
+    def _leave(self) -> None:
+        """Asked to stop while the ranks still look for each other: there is nothing to save, and one may never come."""
+        sys.stderr.write(f"rank {self.rank}: asked to stop before it had begun\n")
+        sys.stderr.flush()
+        if self.recorder is not None:
+            self.recorder.end()
+        os._exit(1)
 
     def _others_expired(self) -> bool:
         """Whether some rank has called out; a store that is gone says nothing."""

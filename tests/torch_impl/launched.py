@@ -21,7 +21,7 @@ class Ending:
     """From the act to the end of the launcher."""
     lines: list[str]
     orphans: list[int]
-    """Processes of the job that were still there a second later."""
+    """Processes of the job that were still there some seconds later."""
     victim: int
     """The process that was acted on."""
 
@@ -38,7 +38,7 @@ def command(words: list[str], *, world: int, restarts: int = 0) -> list[str]:
 def watch(words: list[str], *, until: str, act: Callable[[int, dict[int, int]], int]) -> Callable[..., Ending]:
     """Make a job that runs until a line holds `until`, then `act(launcher, ranks)`; it returns whom it acted on."""
 
-    def run(log: Path, *, world: int, restarts: int = 0) -> Ending:
+    def run(log: Path, *, world: int, restarts: int = 0, patience: float = 2.0) -> Ending:
         log.write_text("")
         with log.open("w") as output:
             job = subprocess.Popen(  # noqa: S603 - our own words
@@ -54,11 +54,14 @@ def watch(words: list[str], *, until: str, act: Callable[[int, dict[int, int]], 
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.02)
         family = psutil.Process(job.pid).children(recursive=True)
+        while not until and len(_ranks(family)) < world:
+            assert time.monotonic() < deadline, log.read_text()
+            family = psutil.Process(job.pid).children(recursive=True)
         start = time.monotonic()
         victim = act(job.pid, _ranks(family))
         status = job.wait(90)
         seconds = time.monotonic() - start
-        _, alive = psutil.wait_procs(family, timeout=2.0)
+        _, alive = psutil.wait_procs(family, timeout=patience)
         orphans = [process.pid for process in alive]
         for process in alive:
             process.kill()
@@ -114,6 +117,34 @@ def kill_in_a_collective(rank: int) -> Callable[[int, dict[int, int]], int]:
         os.kill(victim, signal.SIGKILL)
         os.kill(other, signal.SIGCONT)
         return victim
+
+    return act
+
+
+def kill_beside_one_that_joins(rank: int) -> Callable[[int, dict[int, int]], int]:
+    """Kill one rank before it has begun, when the other waits for it already."""
+
+    def act(_: int, ranks: dict[int, int]) -> int:
+        victim, other = ranks[rank], psutil.Process(ranks[1 - rank])
+        os.kill(victim, signal.SIGSTOP)
+        while not other.children():  # its recorder
+            time.sleep(0.05)
+        time.sleep(1.0)
+        os.kill(victim, signal.SIGKILL)
+        return victim
+
+    return act
+
+
+def terminate_with_one_stopped(rank: int) -> Callable[[int, dict[int, int]], int]:
+    """SIGTERM to the launcher while one rank is stopped and the other waits for it in a collective."""
+
+    def act(launcher: int, ranks: dict[int, int]) -> int:
+        os.kill(ranks[rank], signal.SIGSTOP)
+        while not _sleeps(ranks[1 - rank]):
+            time.sleep(0.05)
+        os.kill(launcher, signal.SIGTERM)
+        return ranks[rank]
 
     return act
 

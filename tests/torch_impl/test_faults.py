@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from launched import kill_in_a_collective, kill_in_a_save, kill_in_the_load, kill_rank, signal_launcher, watch
+from launched import (
+    kill_beside_one_that_joins,
+    kill_in_a_collective,
+    kill_in_a_save,
+    kill_in_the_load,
+    kill_rank,
+    signal_launcher,
+    terminate_with_one_stopped,
+    watch,
+)
 from safetensors.torch import load_file
 from small import write_model, write_text
 
@@ -82,6 +91,42 @@ def test_a_killed_launcher_takes_its_ranks_along(tmp_path: Path, words: Callable
 
     assert ending.orphans == []
     assert (tmp_path / "log").read_text().splitlines()[-1].startswith(f"the launcher (pid {ending.victim} on ")
+
+
+def test_a_launcher_that_dies_while_ranks_are_starting_leaves_none(
+    tmp_path: Path, words: Callable[..., list[str]]
+) -> None:
+    """Ranks that find themselves without torchrun when they have imported torch end, and say why."""
+    ending = watch(words(), until="", act=signal_launcher(signal.SIGKILL))(tmp_path / "log", world=2, patience=25)
+
+    assert ending.orphans == []
+    assert "can't reach the launcher's store at" in (tmp_path / "log").read_text()
+
+
+def test_a_rank_killed_before_it_has_begun_doesnt_keep_the_other(
+    tmp_path: Path, words: Callable[..., list[str]]
+) -> None:
+    """The rank that waits for it ends at torchrun's SIGTERM, and isn't itself called lost."""
+    ending = watch(words(), until="", act=kill_beside_one_that_joins(1))(tmp_path / "log", world=2)
+
+    text = "\n".join(ending.lines)
+    assert ending.seconds < 20
+    assert ending.status != 0
+    assert "rank 0: asked to stop before it had begun" in text
+    assert "was lost" not in text
+    assert f"(pid: {ending.victim})" in text.rpartition("Root Cause")[2]
+
+
+def test_sigterm_with_a_stopped_rank_names_it(tmp_path: Path, words: Callable[..., list[str]]) -> None:
+    """The rank that waits in a collective prints its stack in time, and the last line names the other."""
+    ending = watch(words(), until="step 8/", act=terminate_with_one_stopped(1))(tmp_path / "log", world=2)
+
+    text = "\n".join(ending.lines)
+    assert ending.seconds < 33
+    assert ending.orphans == []
+    assert "after SIGTERM" in text
+    assert "torch_impl/train.py" in text
+    assert ending.lines[-1].startswith(f"rank 1 (pid {ending.victim} on ")
 
 
 @pytest.mark.parametrize("world", [0, 2], ids=["one-process", "torchrun"])
