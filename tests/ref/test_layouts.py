@@ -101,14 +101,14 @@ def test_s1_s2_what_is_said_of_all_ranks_is_said_of_each(strategy: Strategy, sha
         assert held[rank] == sum(part.stop - part.start for part in layout.shard(rank).values())
 
 
-@given(SHAPES, st.integers(1, 300))
-def test_s1_a_row_layout_cuts_at_the_rows(shape: tuple[int, ...], world_size: int) -> None:
+@given(st.integers(0, 99), st.integers(1, 12))
+def test_s1_a_row_layout_cuts_at_the_rows(dim0: int, world_size: int) -> None:
     """A parameter's elements on a rank are those of the rows that the rank holds."""
-    layout, row = row_layout("W", shape, world_size=world_size), math.prod(shape[1:])
+    layout = row_layout("W", (dim0, 2, 3), world_size=world_size)
 
     for rank in range(world_size):
-        rows = fsdp2_row_range(shape[0], world_size=world_size, rank=rank)
-        assert layout.shard(rank) == [("W", slice(rows.start * row, rows.stop * row))]
+        rows = fsdp2_row_range(dim0, world_size=world_size, rank=rank)
+        assert layout.shard(rank) == [("W", slice(rows.start * 6, rows.stop * 6))]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_s1_s2_405b_ranks_hold_the_whole_and_no_more_than_a_share(strategy: Stra
 
 
 @EACH
-@pytest.mark.parametrize("rank", [0, 1, 777, 13311, RANKS - 1])
+@pytest.mark.parametrize("rank", [0, 13311, RANKS - 1])
 def test_s1_s2_405b_one_rank_is_one_of_all(strategy: Strategy, rank: int) -> None:
     """One rank's parts, asked for alone, are those between its cuts."""
     layout = model_layout(UNITS_405B, strategy=strategy, world_size=RANKS)
@@ -211,14 +211,15 @@ def test_s1_s2_405b_fits_in_a_gigabyte(strategy: Strategy) -> None:
 
 
 SMALL = {"blocks": 2, "width": 9, "inner": 11, "queries": 6, "keys": 2, "vocabulary": 13}
-"""No dim 0 but `queries` and `keys` is even; those have 6 and 2 rows, the latter fewer than most worlds have ranks."""
-KINDS = {"one row": (1, None), "bf16 wire": (3, "bfloat16")}
-"""The adapter's rank, which is the number of rows of A, and the dtype in which all but adapters is gathered."""
+"""Most sizes are odd, and `keys` is fewer rows than most worlds have ranks."""
+KINDS = {"one row": (1, None), "bf16 wire": (4, "bfloat16")}
+"""The adapter's rank, of which 4 leaves nothing to align in adapters, and the dtype in which all else is gathered."""
 FIRST = 100
 """The number of the first element: torch fills with 42 and 0."""
+MARKS = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300)]
 WITNESSED = pytest.mark.parametrize(
     ("world", "kind", "strategy"),
-    [pytest.param(*of, id="-".join(map(str, of))) for of in product(range(1, 9), KINDS, STRATEGIES)],
+    [pytest.param(*of, id="-".join(map(str, of)), marks=MARKS) for of in product(range(1, 9), KINDS, STRATEGIES)],
 )
 
 
@@ -241,11 +242,10 @@ def numbered(kind: str) -> dict[str, np.ndarray]:
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What every rank of every world holds: by unit, a flat parameter after another, padding included."""
     file = tmp_path_factory.mktemp("torch") / "held.json"
-    subprocess.run([sys.executable, __file__, file], check=True, timeout=110)  # noqa: S603 - this file
+    subprocess.run([sys.executable, __file__, file], check=True, timeout=280)  # noqa: S603 - this file
     return json.loads(file.read_text())
 
 
-@pytest.mark.distributed
 @WITNESSED
 def test_s7_units_are_torchs(answers: dict, world: int, kind: str, strategy: Strategy) -> None:
     """Torch gathers the same parameters together, in the same order."""
@@ -257,7 +257,6 @@ def test_s7_units_are_torchs(answers: dict, world: int, kind: str, strategy: Str
         assert {unit: [names for names, _ in flats] for unit, flats in held.items()} == want
 
 
-@pytest.mark.distributed
 @WITNESSED
 def test_s1_s2_every_part_is_what_torch_holds(answers: dict, world: int, kind: str, strategy: Strategy) -> None:
     """Each rank holds just the elements of each parameter that the layout says."""
@@ -271,7 +270,6 @@ def test_s1_s2_every_part_is_what_torch_holds(answers: dict, world: int, kind: s
             assert got.tolist() == whole.reshape(-1)[parts[name]].tolist(), (rank, name)
 
 
-@pytest.mark.distributed
 @WITNESSED
 def test_s1_s2_every_place_in_memory_is_torchs(answers: dict, world: int, kind: str, strategy: Strategy) -> None:
     """Each rank's memory is as long as the layout says, padding included, and has each element where it says."""
@@ -295,7 +293,7 @@ def hold(rank: int, *, world: int, store: str) -> dict:
     import torch  # noqa: PLC0415 - only ranks shard
 
     torch.set_num_threads(1)
-    group = {"init_method": f"file://{store}", "timeout": timedelta(seconds=30)}
+    group = {"init_method": f"file://{store}", "timeout": timedelta(seconds=60)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world, **group)
     held = {
         f"{world} {kind} {strategy}": dict(torch_units(kind, strategy)) for kind, strategy in product(KINDS, STRATEGIES)
