@@ -30,6 +30,7 @@ from torch_impl.config import DoraConfig
 from torch_impl.errors import MagnitudeRangeError, ShardingError
 from torch_impl.kinds import Rows
 from torch_impl.norm import grouped_weight_norm, ratio, weight_norm
+from torch_impl.products import product
 from torch_impl.rule import Matrix, Operation, Rule, RuleProduct, draw
 from torch_impl.shards import is_sharded
 
@@ -63,7 +64,8 @@ class DoraProduct(torch.autograd.Function):
             W_OI = arithmetic.decode(stored, dtype=dtype)
             n_O = weight_norm(W_OI, A_RI, B_OR, scaling=arithmetic.scaling)
             c_O = ratio(m_O, n_O)
-            h_TR = x_TI @ A_RI.to(dtype).T
+            h_TR = product(x_TI, A_RI.to(dtype))
+            # by torch's own kernel, as the plain layer has it: a fresh adapter gives its output to the bit (D12)
             y0_TO = (x_TI @ W_OI.T).addmm_(h_TR, B_OR.to(dtype).T, alpha=arithmetic.scaling)
             # shaped before it is computed: FSDP2 warns of an output that is a view
             y = y0_TO.reshape(*x.shape[:-1], y0_TO.shape[-1]).float() * c_O
@@ -82,13 +84,13 @@ class DoraProduct(torch.autograd.Function):
         with torch.autocast(G.device.type, enabled=False):
             G_TO = G.reshape(-1, G.shape[-1]).float()
             H_TO = (G_TO * c_O).to(dtype)
-            HB_TR = H_TO @ B_OR.to(dtype)
+            HB_TR = product(H_TO, B_OR.to(dtype).T)
             dm_O = ratio((G_TO * y0_TO.float()).sum(dim=0), n_O)
-            dB_OR = scaling * (H_TO.T @ h_TR).float()
+            dB_OR = scaling * product(h_TR.T, H_TO.T).T.float()
             dA_RI = scaling * (HB_TR.T @ x_TI).float()
             dx = None
             if ctx.needs_input_grad[2]:
-                dx_TI = H_TO @ ctx.arithmetic.decode(stored, dtype=dtype)
+                dx_TI = product(H_TO, ctx.arithmetic.decode(stored, dtype=dtype).T)
                 dx_TI.addmm_(HB_TR, A_RI.to(dtype), alpha=scaling)
                 dx = dx_TI.to(ctx.x_dtype).reshape(ctx.x_shape)
         return None, None, dx, dA_RI, dB_OR, dm_O, None
@@ -104,7 +106,7 @@ class LoraProduct(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             dtype = arithmetic.compute_dtype
             x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
-            h_TR = x_TI @ A_RI.to(dtype).T
+            h_TR = product(x_TI, A_RI.to(dtype))
             W_OI = arithmetic.decode(stored, dtype=dtype)
             # shaped before it is computed: FSDP2 warns of an output that is a view
             y = x_TI.new_empty(*x.shape[:-1], W_OI.shape[0])
@@ -124,12 +126,12 @@ class LoraProduct(torch.autograd.Function):
         dtype, scaling = ctx.arithmetic.compute_dtype, ctx.arithmetic.scaling
         with torch.autocast(G.device.type, enabled=False):
             G_TO = G.reshape(-1, G.shape[-1]).to(dtype)
-            GB_TR = G_TO @ B_OR.to(dtype)
-            dB_OR = scaling * (G_TO.T @ h_TR).float()
+            GB_TR = product(G_TO, B_OR.to(dtype).T)
+            dB_OR = scaling * product(h_TR.T, G_TO.T).T.float()
             dA_RI = scaling * (GB_TR.T @ x_TI).float()
             dx = None
             if ctx.needs_input_grad[2]:
-                dx_TI = G_TO @ ctx.arithmetic.decode(stored, dtype=dtype)
+                dx_TI = product(G_TO, ctx.arithmetic.decode(stored, dtype=dtype).T)
                 dx_TI.addmm_(GB_TR, A_RI.to(dtype), alpha=scaling)
                 dx = dx_TI.to(ctx.x_dtype).reshape(ctx.x_shape)
         return None, None, dx, dA_RI, dB_OR, None, None

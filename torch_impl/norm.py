@@ -29,6 +29,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from torch_impl.products import product
+
 CONDITION = 4.0
 CEILING = 2.0**120
 FLUSHED = 2.0**-126 * 2.0**24
@@ -53,18 +55,21 @@ def _weight_terms(W_OI: Tensor, A_RI: Tensor, *, moved: bool) -> tuple[Tensor, T
     """D13's two terms that read W, in float32: |W_i|^2 (O) and A W' (R, O), the latter only where B isn't 0."""
     squares_O = W_OI.new_zeros(W_OI.shape[0], dtype=torch.float32)
     cross_RO = W_OI.new_zeros(A_RI.shape[0], W_OI.shape[0], dtype=torch.float32)
+    by_blocks = moved and W_OI.dtype != torch.float32  # else nothing has to be cast, and one product is faster
+    if moved and not by_blocks:
+        cross_RO = product(A_RI, W_OI)
     if _stored_by_columns(W_OI):
         for columns in _row_blocks(W_OI.T):
             block_IO = W_OI.T[columns].float()
             squares_O += block_IO.square().sum(dim=0)
-            if moved:
+            if by_blocks:
                 cross_RO.addmm_(A_RI[:, columns], block_IO)
         return squares_O, cross_RO
     for rows in _row_blocks(W_OI):
         block = W_OI[rows].float()
         squares_O[rows] = block.square().sum(dim=1)
-        if moved:
-            cross_RO[:, rows] = A_RI @ block.T
+        if by_blocks:
+            cross_RO[:, rows] = product(A_RI, block)
     return squares_O, cross_RO
 
 

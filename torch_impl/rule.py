@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from torch_impl.norm import ratio
+from torch_impl.products import product
 
 
 class Operation(Protocol):
@@ -57,7 +58,7 @@ class Matrix:
 
     def input_gradient(self, G: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
         """(..., O) and (O, I) to (..., I)."""
-        return (G @ rows).reshape(shape)
+        return product(G, rows.T).reshape(shape)
 
     def rows_gradient(self, G: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
         """(..., O) and (..., I) to (O, I)."""
