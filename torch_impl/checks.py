@@ -31,6 +31,7 @@ class Scene:
     world_size: int
     size: int
     dora: DoraConfig | None
+    seq_len: int
 
     @property
     def flat(self) -> bool:
@@ -232,6 +233,14 @@ def _replicas(scene: Scene) -> Iterator[Finding]:
         )
 
 
+def _positions(scene: Scene) -> Iterator[Finding]:
+    """T1: there is an embedding, or a rotation that was trained, for every position."""
+    positions = getattr(getattr(scene.model, "config", None), "max_position_embeddings", None)
+    if positions and scene.seq_len > positions:
+        text = f"a sequence of {scene.seq_len} tokens is beyond the model's {positions} positions: train refuses it"
+        yield Finding("error", "every position", "T1", text, f"use a seq_len of at most {positions}")
+
+
 def _uneven(scene: Scene) -> Iterator[Finding]:
     """S1, S2: ranks with less than others, or nothing."""
     if scene.size == 1:
@@ -301,6 +310,7 @@ CHECKS: tuple[Callable[[Scene], Iterator[Finding]], ...] = (
     _ties,
     _adapter_precision,
     _replicas,
+    _positions,
     _uneven,
     _padding,
     _refused,

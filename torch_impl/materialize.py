@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, distributed, nn
 
 from torch_impl import inject
-from torch_impl.config import DoraConfig
+from torch_impl.config import DoraConfig, QuantConfig
 from torch_impl.errors import ModelFileError
 from torch_impl.phases import timed
 
@@ -102,9 +102,10 @@ def skeleton(folder: Path, *, dtype: torch.dtype | None) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - takes seconds
 
-    path = folder / "config.json" if folder.is_dir() else folder
+    path = _configuration(folder)
+    stored_quant(folder)  # refuse what can't be read
     try:
-        found = dict(json.loads(path.read_text()))
+        found = json.loads(path.read_text())
         found.pop("quantization_config", None)
         config = AutoConfig.for_model(**found)
         with _parameters_on_meta():
@@ -114,6 +115,32 @@ def skeleton(folder: Path, *, dtype: torch.dtype | None) -> nn.Module:
         raise ModelFileError(f"{path} can't be read: {reason}", hint="give a causal model's checkpoint") from None
     model.name_or_path = str(folder)
     return model.train()
+
+
+def stored_quant(folder: Path) -> QuantConfig | None:
+    """C2: how a checkpoint's own linear layers are packed, by its configuration; None where they are plain.
+
+    Raises:
+        ModelFileError: the configuration can't be read, or names another quantisation than bitsandbytes' four bits.
+    """
+    path = _configuration(folder)
+    try:
+        stored = dict(json.loads(path.read_text())).get("quantization_config")
+        if not stored:
+            return None
+        if stored.get("load_in_4bit") or stored.get("_load_in_4bit"):
+            storage = getattr(torch, stored.get("bnb_4bit_quant_storage") or "uint8")
+            return QuantConfig(nested=bool(stored.get("bnb_4bit_use_double_quant")), quant_storage=storage)
+    except (OSError, ValueError, TypeError, AttributeError) as problem:
+        raise ModelFileError(f"{path} can't be read: {problem}", hint="give a causal model's checkpoint") from None
+    raise ModelFileError(
+        f"{path} is quantised by {stored.get('quant_method')}", hint="give a plain checkpoint, or bitsandbytes' 4 bits"
+    )
+
+
+def _configuration(folder: Path) -> Path:
+    """A checkpoint's config.json, which may be named itself."""
+    return folder / "config.json" if folder.is_dir() else folder
 
 
 def recompute_activations(model: Any) -> None:

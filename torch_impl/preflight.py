@@ -93,16 +93,23 @@ def preflights(
 ) -> list[Report]:
     """`preflight` of several strategies; the step is rehearsed once, since what it holds is the same under each."""
     activations = rehearsed_peak(model, dora, sequences=batch_size, length=seq_len) if seq_len else None
-    return [_judged(model, shard, world_size=world_size, dora=dora, activations=activations) for shard in shards]
+    given = {"world_size": world_size, "dora": dora, "seq_len": seq_len, "activations": activations}
+    return [_judged(model, shard, **given) for shard in shards]
 
 
 def _judged(
-    model: nn.Module, shard: ShardConfig, *, world_size: int, dora: DoraConfig | None, activations: int | None
+    model: nn.Module,
+    shard: ShardConfig,
+    *,
+    world_size: int,
+    dora: DoraConfig | None,
+    seq_len: int,
+    activations: int | None,
 ) -> Report:
     """One strategy's report."""
     plan = plan_units(model, shard, dora)
     size = shard_size(shard, world_size=world_size)
-    scene = Scene(model, plan, shard, world_size, size, dora)
+    scene = Scene(model, plan, shard, world_size, size, dora, seq_len)
     found = [finding for check in CHECKS for finding in check(scene)]
     rules: dict[str, int] = {}
     for unit in plan.units:

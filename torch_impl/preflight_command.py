@@ -3,21 +3,23 @@
 Clauses: those of `torch_impl.preflight`. No weight is read: a configuration is enough.
 """
 
+import dataclasses
 import json
-import resource
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import tyro
 
 from torch_impl.config import ALL_LINEAR, DoraConfig, Method, QuantConfig, ShardConfig, Strategy
-from torch_impl.materialize import recompute_activations, skeleton
-from torch_impl.options import Dtype, torch_dtype
+from torch_impl.errors import OptionError
+from torch_impl.materialize import recompute_activations, skeleton, stored_quant
+from torch_impl.optim import host_memory
+from torch_impl.options import Dtype, refuse_below, refuse_unmatched, targets, torch_dtype
 from torch_impl.preflight import Report, preflights
 
 SCHEMA = 1
@@ -63,13 +65,16 @@ class PreflightOptions:
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass."""
 
+    def __post_init__(self) -> None:
+        refuse_below(self, {"world_size": 1, "batch_size": 1, "seq_len": 0, "shard_size": 1})
+
     @property
     def dora(self) -> DoraConfig:
         """The adapter."""
         return DoraConfig(
             rank=self.rank,
             alpha=self.alpha,
-            target_modules=ALL_LINEAR if self.target_modules == ALL_LINEAR else self.target_modules.split(","),
+            target_modules=targets(self.target_modules),
             quant=QuantConfig(quant_storage=getattr(torch, self.quant_storage)) if self.quant == "nf4" else None,
             compute_dtype=torch_dtype(self.compute_dtype),
             method=self.method,
@@ -89,35 +94,41 @@ def command(words: Sequence[str]) -> int:
         DoraError: the configuration can't be read, or the adapter can't be put on it.
     """
     options = tyro.cli(PreflightOptions, args=list(words), prog="python -m torch_impl preflight")
-    before, start = _peak(), time.perf_counter()
+    before, start = host_memory(peak=False), time.perf_counter()
     with torch.device("meta"):
         model = skeleton(options.model, dtype=torch_dtype(options.dtype))
+    refuse_unmatched(model, targets(options.target_modules))
     if options.checkpoint_activations:
         recompute_activations(model)
+    stored = stored_quant(options.model) if options.quant == "none" else None
     reports = preflights(
         model,
         options.shards(),
         world_size=options.world_size,
-        dora=options.dora,
+        dora=dataclasses.replace(options.dora, quant=stored) if stored else options.dora,
         batch_size=options.batch_size,
         seq_len=options.seq_len,
     )
-    seconds, memory = time.perf_counter() - start, _peak() - before
+    seconds, memory = time.perf_counter() - start, host_memory(peak=True) - before
     sys.stdout.write("\n".join([*_lines(options, reports), f"judged in {seconds:.1f} s"]) + "\n")
     if options.json is not None:
         found = {"schema": SCHEMA, "model": str(options.model), "seconds": seconds, "memory_over_imports": memory}
-        options.json.write_text(json.dumps(found | {"strategies": [r.to_json() for r in reports]}, indent=2) + "\n")
+        _write(options.json, found | {"strategies": [r.to_json() for r in reports]})
     return 0 if all(report.ok for report in reports) else 1
 
 
-def _peak() -> int:
-    """The most bytes this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _write(path: Path, found: dict[str, Any]) -> None:
+    """The report as a file."""
+    try:
+        path.write_text(json.dumps(found, indent=2) + "\n")
+    except OSError as problem:
+        raise OptionError(f"--json {path} can't be written: {problem}", hint="give a writable place") from None
 
 
 def _lines(options: PreflightOptions, reports: list[Report]) -> list[str]:
     """The report in words: what trains, then each strategy's verdict, costs and findings."""
-    plan, quant = reports[0].plan, options.quant
+    packed = any(member.kind == "packed" for unit in reports[0].plan.units for member in unit.members)
+    plan, quant = reports[0].plan, "as stored" if packed and options.quant == "none" else options.quant
     share = f"{plan.trainable:,} of {plan.total:,} parameters train ({100 * plan.trainable / plan.total:.2f} %)"
     lines = [f"{options.model}: {options.method}, rank {options.rank}, quant {quant}: {share}"]
     for report in reports:

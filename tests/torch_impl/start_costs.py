@@ -4,7 +4,6 @@ Bytes over the skeleton while the model is loaded; the loaded model's; its large
 """
 
 import json
-import resource
 import sys
 import warnings
 from pathlib import Path
@@ -15,11 +14,7 @@ from torch import nn
 
 from torch_impl import DoraConfig, apply_dora
 from torch_impl.materialize import materialize, skeleton
-
-
-def peak() -> int:
-    """The most bytes this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from torch_impl.optim import host_memory
 
 
 def memory(model: Path) -> dict[str, int]:
@@ -27,10 +22,10 @@ def memory(model: Path) -> dict[str, int]:
     skeleton(model, dtype=None)
     warm = Linear4bit(256, 256, quant_type="nf4").to("cpu")  # bitsandbytes loads its library
     apply_dora(nn.Sequential(warm), DoraConfig(rank=8, alpha=16))
-    before = peak()
+    before = host_memory(peak=True)
     loaded = materialize(model, DoraConfig(rank=8, alpha=16, quant="nf4"))
     held = {id(t): t.nbytes for t in [*loaded.parameters(), *loaded.buffers()]}
-    return {"over": peak() - before, "model": sum(held.values()), "largest": max(held.values())}
+    return {"over": host_memory(peak=True) - before, "model": sum(held.values()), "largest": max(held.values())}
 
 
 if __name__ == "__main__":

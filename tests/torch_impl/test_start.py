@@ -32,4 +32,4 @@ def test_loading_nf4_never_holds_a_second_model(model: Path) -> None:
     """The peak stays under 1.5 times the quantised model plus its largest tensor."""
     found = measured(model)
 
-    assert found["over"] < 1.5 * found["model"] + found["largest"]
+    assert found["model"] / 2 < found["over"] < 1.5 * found["model"] + found["largest"]
