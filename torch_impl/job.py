@@ -142,7 +142,8 @@ def _join(place: Seat, phases: Phases) -> None:
     store.set(f"who/{place.rank}", f"{os.getpid()} {socket.gethostname()}")
     words = [store.get(f"who/{rank}").decode().split(" ", 1) for rank in range(place.world_size)]
     phases.peers = tuple((int(process), host) for process, host in words)
-    phases.store = _store(place, timeout=timedelta(seconds=10))
+    phases.store = _store(place, timeout=limit)
+    phases.store.set_timeout(timedelta(seconds=10))  # of a question; on a busy machine a new connection may take longer
     distributed.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=limit)
 
 
