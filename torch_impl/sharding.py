@@ -89,7 +89,7 @@ def _replace(model: nn.Module, name: str, wrap: Wrap, **policy: object) -> None:
 
 def _fully_shard(model: nn.Module, config: ShardConfig) -> Wrap:
     """FSDP2: each parameter is cut along dim 0 (S1); `hsdp` does so within rows of a mesh, and averages across (S9)."""
-    mesh = _mesh(_device(model).type, config)
+    mesh = _mesh("cuda" if config.cpu_offload else _device(model).type, config)  # what is offloaded computes there
 
     def wrap(module: nn.Module, *, param_dtype: torch.dtype | None, cast_inputs: bool) -> nn.Module:
         reduce_dtype = config.reduce_dtype if cast_inputs else None

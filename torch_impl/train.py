@@ -51,8 +51,8 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
-        return next(self.model.parameters()).device
+        """Where it computes; shards that are offloaded lie elsewhere."""
+        return torch.device("cuda") if self.options.cpu_offload else next(self.model.parameters()).device
 
 
 def train(options: TrainOptions, phases: Phases, *, restarted: bool = False) -> None:

@@ -1,8 +1,10 @@
 """S6, S7, S8, D11: what `shard_model` refuses, what goes over the wire, and where forwards may be run."""
 
 import pytest
-from onehot import Stack
+from onehot import Stack, build
 from ranks import Pools
+
+from torch_impl import ShardConfig, sharding
 
 pytestmark = pytest.mark.distributed
 
@@ -70,3 +72,14 @@ def test_integer_storage_shards_under_fsdp2(pools: Pools) -> None:
     answers = pools.run(2, "wires:integer_storage", case=Stack())
 
     assert [evidence.differing for evidence in answers] == [[], []]
+
+
+def test_offloaded_shards_are_gathered_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that lies in host memory, is sharded over GPUs to be offloaded: on a mesh of CPUs it would train there."""
+    meshes: list[str] = []
+    monkeypatch.setattr(sharding, "_mesh", lambda device, _: meshes.append(device))
+
+    sharding._fully_shard(build(Stack()), ShardConfig(cpu_offload=True))
+    sharding._fully_shard(build(Stack()), ShardConfig())
+
+    assert meshes == ["cuda", "cpu"]
