@@ -14,6 +14,7 @@ from typing import Final
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
@@ -193,7 +194,7 @@ def forward(
         raise InputError(f"norm_gradient {norm_gradient!r} is unknown", hint="give 'constant' (D5) or 'full'")
 
     V_OI = direction(W_OI, adapter.lora_A, adapter.lora_B, scaling=scaling)
-    n_O = weight_norm(V_OI)
+    n_O = checkpoint_name(weight_norm(V_OI), "n")
     n_O = lax.stop_gradient(n_O) if norm_gradient == "constant" else n_O
     c_O = ratio(adapter.magnitude, n_O)
 
@@ -222,7 +223,7 @@ def forward_with_ratio(
     base_TO = x_TI @ W_OI.T
 
     if mask_TI is None:
-        y0_TO = base_TO + scaling * ((x_TI @ A_RI.T) @ B_OR.T)
+        y0_TO = checkpoint_name(base_TO + scaling * ((x_TI @ A_RI.T) @ B_OR.T), "y0")
         y_TO = c_O[None, :] * y0_TO.astype(c_O.dtype)
     else:
         u_TI = mask_TI.astype(x_TI.dtype) * x_TI

@@ -5,7 +5,7 @@ Axes: L layers; O, I, R as in `types`. Clauses D1, D6, D12, Q4 to Q6, S1. In thi
     frozen = quantised(read_checkpoint(...))             bytes and scales of each projection, stacked along L
     adapters = initial_adapters(frozen, key, ...)        by projection ("mlp.up_proj"), stacked along L
     frozen, adapters = cut(frozen, mesh), cut(adapters, mesh)
-    llama.loss(frozen, ..., adapters=adapters)           under jit: decoded layer by layer, where the rows lie
+    llama.loss(frozen, ..., adapters=gathered(adapters, mesh))     under jit: decoded layer by layer, where the rows lie
     adapter_files.write_adapter(..., by_layer(adapters), ...)
 
 The compiler keeps to where the arrays lie and adds what communication that takes.
@@ -112,6 +112,15 @@ def _placed(array: Array, mesh: Mesh, *, dim: int | None) -> Array:
         axes[dim] = "shard"
 
     return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+def gathered(adapters: dict[str, Adapter], mesh: Mesh) -> dict[str, Adapter]:
+    """S8: the adapters whole on every device, gathered at once rather than layer by layer; inside `jit`.
+
+    They are small, and a collective costs the same few microseconds whatever its size. Gradients are cut again where
+    they leave.
+    """
+    return jax.lax.with_sharding_constraint(adapters, NamedSharding(mesh, PartitionSpec()))
 
 
 def by_layer(adapters: dict[str, Adapter]) -> dict[str, Adapter]:

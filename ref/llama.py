@@ -12,8 +12,9 @@ Grouped-query attention: arXiv:2305.13245; rotary positions: arXiv:2104.09864; R
 arXiv:2002.05202. Clauses: D1 to D8 through `dora.forward`, D6 through `with_weights`, Q4 through either that or a
 `PackedWeight` in place of a linear weight, which is decoded where it is used; T1 through `loss`.
 
-Layers of one kind are stacked along L and run by `lax.scan`, each computed again in the backward pass: thirty compile
-as fast as one. Arithmetic follows the parameters' dtype, and is at least float32 in norms, angles, softmax and loss.
+Layers of one kind are stacked along L and run by `lax.scan`: thirty compile as fast as one. The backward pass computes
+each again, all but norms n and products y0, so that only one layer's decoded weights are held at a time. Arithmetic
+follows the parameters' dtype, and is at least float32 in norms, angles, softmax and loss.
 Pass the parameters to a jitted function as an argument: closed over, they would be copied into the program.
 """
 
@@ -104,7 +105,8 @@ def logits(
         return layer.feed_forward(layer.attention(h_BSD, rotation)), None
 
     h_BSD = parameters.embedding[tokens_BS]
-    h_BSD, _ = lax.scan(jax.checkpoint(block, prevent_cse=False), h_BSD, (parameters.layers, stacked))
+    kept = jax.checkpoint_policies.save_only_these_names("y0", "n")  # as `dora` names them
+    h_BSD, _ = lax.scan(jax.checkpoint(block, prevent_cse=False, policy=kept), h_BSD, (parameters.layers, stacked))
     head_VD = parameters.embedding if parameters.head is None else parameters.head
 
     return rms_norm(h_BSD, parameters.norm, eps=config.rms_norm_eps) @ head_VD.T

@@ -82,7 +82,8 @@ def jax_step(model: Path, ids: np.ndarray) -> Callable[[], None]:
     @partial(jax.jit, out_shardings=(*where, None), donate_argnums=(0, 1))
     def step(adapters, state, frozen, batch):  # noqa: ANN001, ANN202 - pytrees
         def loss(adapters):  # noqa: ANN001, ANN202
-            return llama.loss(frozen, batch[:, :-1], batch[:, 1:], config, adapters=adapters, scaling=scaling)
+            options = {"adapters": finetune.gathered(adapters, on), "scaling": scaling}
+            return llama.loss(frozen, batch[:, :-1], batch[:, 1:], config, **options)
 
         value, gradients = jax.value_and_grad(loss)(adapters)
         gradients, _ = training.clip(gradients, max_norm=1.0)

@@ -148,6 +148,30 @@ def test_s1_the_cut_llama_equals_the_whole_one() -> None:
     assert distance(jax.device_get(got), whole()) < EQUAL
 
 
+def gathers_of_a_layer(program: str) -> int:
+    """How many all-gathers the loops over the layers repeat."""
+    return sum("all-gather(" in line and "while/body" in line for line in program.splitlines())
+
+
+def test_s8_adapters_gathered_at_once_train_as_those_that_lie_cut() -> None:
+    """Same gradients, laid out as the adapters lie, with fewer collectives than gathering in every layer takes."""
+    on = mesh.make_mesh(shard=4)
+    placed = finetune.cut(adapters(), on), finetune.cut(packed(), on)
+    where = jax.tree.map(lambda array: array.sharding, placed[0])
+
+    def at_once(adapters: dict[str, Adapter], parameters: Parameters) -> Array:
+        return loss(finetune.gathered(adapters, on), parameters)
+
+    step = jax.jit(jax.value_and_grad(at_once), out_shardings=(None, where)).lower(*placed).compile()
+    got = step(*placed)
+
+    layer_by_layer = jax.jit(jax.value_and_grad(loss), out_shardings=(None, where)).lower(*placed).compile()
+    count = [gathers_of_a_layer(compiled.as_text()) for compiled in (step, layer_by_layer)]
+    assert distance(jax.device_get(got), whole()) < EQUAL
+    assert jax.tree.all(jax.tree.map(lambda gradient, sharding: gradient.sharding == sharding, got[1], where))
+    assert 0 < count[0] < count[1]
+
+
 def test_s1_everything_that_divides_is_cut() -> None:
     """Of bytes, scales, factors, magnitudes, moments, embedding and head each of four devices holds a quarter."""
     on = mesh.make_mesh(shard=4)
