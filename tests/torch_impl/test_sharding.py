@@ -75,7 +75,7 @@ def test_integer_storage_shards_under_fsdp2(pools: Pools) -> None:
 
 
 def test_offloaded_shards_are_gathered_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that lies in host memory, is sharded over GPUs to be offloaded: on a mesh of CPUs it would train there."""
+    """What lies in host memory is sharded over GPUs to be offloaded: on a mesh of CPUs it would train there."""
     meshes: list[str] = []
     monkeypatch.setattr(sharding, "_mesh", lambda device, _: meshes.append(device))
 
