@@ -66,6 +66,8 @@ class Case:
     """What FSDP reduces gradients of anything but adapters in (T4); None leaves it."""
     activation: Literal["identity", "relu"] = "identity"
     """What stands between two layers of a stack."""
+    dropout: bool = False
+    """Whether each layer's input is dropped by half (D9), by masks that are inputs."""
     bias: bool = False
     """Whether the base layers have one (D8)."""
     zero_rows: bool = False
@@ -121,7 +123,7 @@ class Case:
 
     def _features(self) -> list[str]:
         """The identifier's last part: what departs from the plain case."""
-        flags = ("rank_stabilized", "bias", "zero_rows", "hard_rows", "ties", "zero_b", "batched", "faint", "late")
+        drawn = ("bias", "zero_rows", "hard_rows", "ties", "zero_b", "batched", "dropout", "faint")
         named = {
             "": self.activation if self.activation != "identity" else "",
             "wire-": self.param_dtype,
@@ -134,7 +136,7 @@ class Case:
         return [
             *([self.task] if self.task in {"merge", "written", "read"} else []),
             *([self.bad] if self.bad else []),
-            *(name for name in (*flags, "recompute") if getattr(self, name)),
+            *(name for name in ("rank_stabilized", *drawn, "late", "recompute") if getattr(self, name)),
             *(f"{words}{value}" for words, value in named.items() if value),
         ]
 

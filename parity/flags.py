@@ -61,6 +61,13 @@ FLAGS = {
             ("D11",),
         ),
         Flag("BiasScaled", "scales the bias too", "outputs are off by (c - 1) b", "torchtune, fsdp_qlora", ("D8",)),
+        Flag(
+            "DropoutOnFactorsOnly",
+            "drops the input of A and B, and scales all of x W'",
+            "magnitudes learn from what was dropped",
+            "torchtune, mlx-lm",
+            ("D9",),
+        ),
         Flag("NibbleSwap", "packs element 0 in the low nibble", "neighbours change places", "ports of NF4", ("Q3",)),
         Flag("Nf4TieUp", "rounds a tie to the upper code", "bytes differ at midpoints", "ports of NF4", ("Q5",)),
         Flag(

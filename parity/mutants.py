@@ -36,6 +36,7 @@ PLANS = {
     ),
     "MagnitudeDtype": Plan(_UNSHARDED, _MATRICES),
     "BiasScaled": Plan("stack/bound/torch_impl/none-w1/uneven/float32-float32/bias", (("gradient", "magnitude"),)),
+    "DropoutOnFactorsOnly": Plan("stack/lattice/torch_impl/none-w1/uneven/float32-float32/dropout", _GRADIENTS),
     "NibbleSwap": Plan("codec and uneven/nf4-float32/plain", (("packed", "weight"), ("decoded", "weight"))),
     "Nf4TieUp": Plan("codec and ties", (("packed", "weight"), ("decoded", "weight"))),
     "StorageCast": Plan("stack/one-hot and fsdp2-w3/uneven/nf4-float32/plain", _GRADIENTS),

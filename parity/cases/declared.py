@@ -19,6 +19,7 @@ def stack_case(shape: Shape, **fields: Any) -> Case:
     clauses = list(LAYER)
     clauses += ["D7"] if fields.get("zero_rows") else []
     clauses += ["D8"] if fields.get("bias") else []
+    clauses += ["D9"] if fields.get("dropout") else []
     clauses += ["D12"] if fields.get("zero_b") else []
     clauses += ["Q4", "Q6", "D6"] if fields.get("base") == "nf4" else []
     clauses += ["T3"] if fields["proof"] not in {"start", "root"} else []

@@ -30,6 +30,7 @@ def stack_cases(tier: str) -> list[Case]:
         *_lattice(),
         *_one_hot(tier),
         *_replicas(),
+        *_dropout(),
         *_bounded(tier),
         *_start(),
         *_jax(),
@@ -117,6 +118,21 @@ def _replicas() -> Iterator[Case]:
         yield stack_case(SINGLE_ROW, proof="one-hot", steps=4, **common)
     for strategy, world in (("hsdp", 4), ("ddp", 3)):
         yield stack_case(UNEVEN, link="shards", proof="bound", strategy=strategy, world=world, steps=2)
+
+
+def _dropout() -> Iterator[Case]:
+    """D9, with given masks: bitwise against the oracle, and under every strategy against the same code unsharded."""
+    common = {"proof": "lattice", "dropout": True}
+    for shape, base in product((UNEVEN, THIN), ("float32", "nf4")):
+        yield stack_case(shape, link="frameworks", base=base, **common)
+    for features in _FEATURES:
+        yield stack_case(UNEVEN, link="frameworks", **features, **common)
+    for strategy, world in (*product(_STRATEGIES, (2, 3)), ("hsdp", 4), ("ddp", 2)):
+        at = {"link": "shards", "strategy": strategy, "world": world}
+        yield stack_case(UNEVEN, bias=True, **at, **common)
+        for base, compute in _PRECISIONS[::2] if strategy in _STRATEGIES else ():
+            precision = {"base": base, "compute": compute}
+            yield stack_case(UNEVEN, proof="one-hot", steps=world, dropout=True, **precision, **at)
 
 
 def _bounded(tier: str) -> Iterator[Case]:

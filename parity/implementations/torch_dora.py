@@ -111,6 +111,7 @@ def dora_config(case: Case) -> DoraConfig:
         rank=case.rank,
         alpha=case.alpha,
         rank_stabilized=case.rank_stabilized,
+        dropout=0.5 if case.dropout else 0.0,
         target_modules="all-linear",
         quant="nf4" if case.base == "nf4" else None,
         compute_dtype=DTYPES[case.compute],

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from parity.case import UNSHARDED, Case
 from parity.implementations.torch_training import backward, clip_gradients, optimizer_for, recomputed, resumed
-from parity.inputs import parts, stack_inputs
+from parity.inputs import masks, parts, stack_inputs
 from parity.ranks import Place
 from parity.shard import Shard
 from torch_impl import local_shards
@@ -36,11 +36,12 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.activation = torch.relu if activation == "relu" else nn.Identity()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x (tokens, in)` to `(tokens, out)`."""
+    def forward(self, x: torch.Tensor, *masks: torch.Tensor) -> torch.Tensor:
+        """`x (tokens, in)` to `(tokens, out)`; with dropout each layer is told which of its inputs it keeps (D9)."""
         for position, layer in enumerate(self.layers):
             x = self.activation(x) if position else x
-            x = recomputed(layer, x, use_reentrant=False) if self.recompute else layer(x)
+            told = (x, *masks[position : position + 1])
+            x = recomputed(layer, *told, use_reentrant=False) if self.recompute else layer(*told)
         return x
 
 
@@ -52,6 +53,8 @@ class TorchStack:
     computes: tuple[str, ...] = ("float32",)
     scalings: tuple[str, ...] = ("by the rank",)
     """Add `rank-stabilised` where `case.rank_stabilized` is heeded (D1)."""
+    dropouts: tuple[bool, ...] = (False,)
+    """Add True where a layer's forward takes a mask, `layer(x, keep)`, and `case.dropout` is heeded (D9)."""
     links: tuple[str, ...] = ("algebra", "shards", "frameworks")
     """Add `training` where the loop's way to accumulate, clip, save and load is what you want to put to the proof."""
 
@@ -73,6 +76,7 @@ class TorchStack:
             ("strategy", case.strategy, self.strategies),
             ("base", case.base, self.bases),
             ("compute", case.compute, self.computes),
+            ("dropout", case.dropout, self.dropouts),
             ("scaling", "rank-stabilised" if case.rank_stabilized else "by the rank", self.scalings),
         ):
             if value not in known:
@@ -92,6 +96,7 @@ class TorchStack:
     def run(self, case: Case, place: Place) -> Iterator[Shard]:
         """Build, shard, train; give this rank's shards at every step."""
         dtype = DTYPES[case.compute]
+        keeps = masks(case, place.rank) if case.dropout else [[]] * case.steps
         data = [
             [tuple(_shaped(part, case).to(place.device, dtype) for part in batch) for batch in forwards]
             for forwards in parts(case, place.rank)
@@ -104,14 +109,15 @@ class TorchStack:
             return model if strategy == UNSHARDED else self.shard(model, dataclasses.replace(case, strategy=strategy))
 
         def losses(model: nn.Module, step: int) -> list[Callable[[], Tensor]]:
-            return [partial(_loss_sum, model, x, G) for x, G in data[step]]
+            keep = [_shaped(mask, case).to(place.device) for mask in keeps[step]]
+            return [partial(_loss_sum, model, x, G, *keep) for x, G in data[step]]
 
         yield from train(made, case, losses)
 
 
-def _loss_sum(model: nn.Module, x: Tensor, G: Tensor) -> Tensor:
+def _loss_sum(model: nn.Module, x: Tensor, G: Tensor, *keep: Tensor) -> Tensor:
     """`sum(G * y)`."""
-    return (model(x) * G).sum()
+    return (model(x, *keep) * G).sum()
 
 
 def _shaped(tokens: np.ndarray, case: Case) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Inputs are named arrays, rebuilt from the case alone: `lattice`, `gaussian`, and a pretrained network's.
 
 Axis legend: W (out, in), A (rank, in), B (out, rank), magnitude (out,), x (tokens, in), G (tokens, out).
-Names: `x`, `G`, and for each layer `layers.0.weight`, `.bias`, `.lora_A`, `.lora_B`, `.magnitude`.
+Names: `x`, `G`, and for each layer `layers.0.weight`, `.bias`, `.lora_A`, `.lora_B`, `.magnitude`; with dropout
+`layers.0.keep` (tokens, in), 1 where a number is kept and 0 where it is dropped.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def input_seed(case: Case) -> int:
     kind = case.proof if case.proof in _BUILDERS else "gaussian"
     identity = (kind, case.layers, case.rank, case.alpha, case.tokens, case.base, case.compute)
     features = (case.activation, case.bias, case.zero_rows, case.hard_rows, case.zero_b, case.ties, case.seed)
+    features += ("dropout",) if case.dropout else ()
     return zlib.crc32(repr((identity, features)).encode())
 
 
@@ -48,14 +50,27 @@ def batches(case: Case, rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
     leaves it out and gives every rank but one a zero cotangent.
     """
     arrays = stack_inputs(case)
-    dealt = deal_tokens(case.tokens, case.input_world)
     steps = []
     for step in range(case.steps):
-        hot = case.hot_rank(step)
-        mine = dealt[hot if case.twin_world and hot is not None else rank]
+        hot, mine = case.hot_rank(step), _tokens(case, rank, step)
         weight = float(case.input_world) if hot is None else float(hot == rank or case.twin_world > 0)
         steps.append((arrays["x"][mine], arrays["G"][mine] * np.float32(weight)))
     return steps
+
+
+def masks(case: Case, rank: int) -> list[list[np.ndarray]]:
+    """D9: at each step, which of each layer's inputs one rank keeps (bool), for the tokens that `batches` gives it."""
+    arrays, layers = stack_inputs(case), range(len(case.layers))
+    return [
+        [arrays[f"layers.{position}.keep"][_tokens(case, rank, step)] != 0 for position in layers]
+        for step in range(case.steps)
+    ]
+
+
+def _tokens(case: Case, rank: int, step: int) -> slice:
+    """Those of a rank; of a one-hot case's twin, those of the rank whose turn it is."""
+    dealt, hot = deal_tokens(case.tokens, case.input_world), case.hot_rank(step)
+    return dealt[hot if case.twin_world and hot is not None else rank]
 
 
 def parts(case: Case, rank: int) -> list[list[tuple[np.ndarray, np.ndarray]]]:

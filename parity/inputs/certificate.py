@@ -85,11 +85,14 @@ class _Ledger:
         factored += self.scaling**2 * (layer["lora_B"] @ gram * layer["lora_B"]).sum(1)
         self.note(f"{name} n^2", ((layer["weight"] + update) ** 2).sum(1), 1.0)
         self.note(f"{name} n^2 factored", factored, 1.0)
-        hidden = x @ layer["lora_A"].T
+        used = _dropped(x, layer)
+        hidden = used @ layer["lora_A"].T
         self.note(f"{name} x A'", hidden, unit, rounded=True)
-        y0 = x @ layer["weight"].T + self.scaling * (hidden @ layer["lora_B"].T)
+        y0 = used @ layer["weight"].T + self.scaling * (hidden @ layer["lora_B"].T)
         self.note(f"{name} y0", y0, unit, rounded=True)
         y = y0 * layer["ratio"] + layer["bias"]
+        if "keep" in layer:  # (c - 1) (u W') instead of c (u W'), and what is never dropped
+            y += (x + used) @ layer["weight"].T
         self.note(f"{name} y", y, unit / 2, rounded=True)
         return y, unit / 2
 
@@ -98,17 +101,21 @@ class _Ledger:
     ) -> tuple[np.ndarray, float]:
         """The closed form's sums, then the first update."""
         (x, x_unit), (G, G_unit) = at, cotangent
-        hidden = x @ layer["lora_A"].T
-        y0 = x @ layer["weight"].T + self.scaling * (hidden @ layer["lora_B"].T)
+        used = _dropped(x, layer)
+        hidden = used @ layer["lora_A"].T
+        y0 = used @ layer["weight"].T + self.scaling * (hidden @ layer["lora_B"].T)
         H, H_unit = G * layer["ratio"], G_unit / 2
         narrow = self.scaling * (H @ layer["lora_B"])
         V = layer["weight"] + self.scaling * (layer["lora_B"] @ layer["lora_A"])
         self.note(f"{name} H B", narrow, H_unit, rounded=True)
         self._gradient(f"{name} dm", (G * y0).sum(0), layer["magnitude"], x_unit * G_unit, divided=layer["norm"])
         self._gradient(f"{name} dB", self.scaling * (H.T @ hidden), layer["lora_B"], H_unit * x_unit, rounded=True)
-        self._gradient(f"{name} dA", narrow.T @ x, layer["lora_A"], H_unit * x_unit, rounded=True)
-        self.note(f"{name} dx", H @ V, H_unit, rounded=True)
-        return H @ V, H_unit
+        self._gradient(f"{name} dA", narrow.T @ used, layer["lora_A"], H_unit * x_unit, rounded=True)
+        dx = _dropped(H @ V, layer)
+        if "keep" in layer:  # mask * ((H - G) W + s (H B) A) + G W
+            dx += _dropped(G @ layer["weight"], layer) + G @ layer["weight"]
+        self.note(f"{name} dx", dx, H_unit, rounded=True)
+        return dx, H_unit
 
     def _gradient(
         self,
@@ -126,6 +133,11 @@ class _Ledger:
         step = self.case.learning_rate * terms / divisor
         step_unit = self.case.learning_rate * unit / np.max(divisor)
         self.note(f"{name} update", parameter + step, min(step_unit, 0.5))
+
+
+def _dropped(values: np.ndarray, layer: dict[str, np.ndarray]) -> np.ndarray:
+    """D9: mask * values, which is twice what is kept."""
+    return 2.0 * layer["keep"] * values if "keep" in layer else values
 
 
 def _absolute_layer(case: Case, arrays: dict[str, np.ndarray], position: int) -> dict[str, np.ndarray]:

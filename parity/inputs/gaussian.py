@@ -19,9 +19,20 @@ def gaussian_stack(case: Case, generator: np.random.Generator) -> dict[str, np.n
     for position, (fan_in, fan_out) in enumerate(case.layers):
         layer = _layer(case, generator, fan_in=fan_in, fan_out=fan_out)
         arrays.update({f"layers.{position}.{name}": value for name, value in layer.items()})
+    arrays |= drawn_masks(case, generator)
     arrays["x"] = _held(generator.standard_normal((case.tokens, case.layers[0][0])), case.compute)
     arrays["G"] = _held(generator.standard_normal((case.tokens, case.layers[-1][1])), case.compute)
     return arrays
+
+
+def drawn_masks(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """D9: which of every layer's inputs are kept, half of them; none without dropout."""
+    if not case.dropout:
+        return {}
+    return {
+        f"layers.{position}.keep": generator.integers(2, size=(case.tokens, fan_in)).astype(np.float32)
+        for position, (fan_in, _) in enumerate(case.layers)
+    }
 
 
 def _layer(case: Case, generator: np.random.Generator, *, fan_in: int, fan_out: int) -> dict[str, np.ndarray]:

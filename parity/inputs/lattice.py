@@ -15,6 +15,7 @@ import numpy as np
 from parity.case import Case
 from parity.errors import LatticeNotExact
 from parity.inputs.certificate import certify, require_exact_squares
+from parity.inputs.gaussian import drawn_masks
 
 _WIDE = 2.0
 """A scaling beyond which an update has one tap a row: s^2 a tap must leave room in the square."""
@@ -93,6 +94,7 @@ def _draw(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray]:
         draw = _quantised_layer if case.base == "nf4" else _dense_layer
         layer = draw(case, generator, fan_in=fan_in, fan_out=fan_out)
         arrays.update({f"layers.{position}.{name}": value for name, value in layer.items()})
+    arrays |= drawn_masks(case, generator)
     arrays["x"] = _signs(generator, (case.tokens, case.layers[0][0]), density.x)
     arrays["G"] = _signs(generator, (case.tokens, case.layers[-1][1]), density.G)
     return {name: value.astype(np.float32) for name, value in arrays.items()}

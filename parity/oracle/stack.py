@@ -74,6 +74,11 @@ def stack_arrays(case: Case) -> tuple[tuple[Array, ...], tuple[Array | None, ...
     return weights, biases, adapters
 
 
+def dropout_mask(keep: np.ndarray | None) -> Array | None:
+    """D9: what dropout multiplies by, 2 where a number is kept; None without dropout."""
+    return None if keep is None else 2.0 * jnp.asarray(keep, dtype=jnp.float64)
+
+
 def _float64(array: np.ndarray | None) -> Array | None:
     return None if array is None else jnp.asarray(array, dtype=jnp.float64)
 
@@ -86,6 +91,7 @@ def gradients(
     x_TI: Array,
     G_TO: Array,
     *,
+    masks: tuple[Array | None, ...] | None = None,
     scaling: float,
     activation: str,
     norm_gradient: NormGradient = "constant",
@@ -102,6 +108,7 @@ def gradients(
                 adapter,
                 scaling=scaling,
                 bias_O=biases[position],
+                mask_TI=masks[position] if masks else None,
                 norm_gradient=norm_gradient,
             )
         return jnp.sum(G_TO * y)
@@ -113,6 +120,7 @@ def _train(case: Case, *, norm_gradient: NormGradient = "constant", magnitude_dt
     """Steps on all tokens at once; the same batch at every step. The two options plant a bug each."""
     inputs = stack_inputs(case)
     weights, biases, adapters = stack_arrays(case)
+    masks = tuple(dropout_mask(inputs.get(f"layers.{position}.keep")) for position in range(len(case.layers)))
     x_TI, G_TO = _float64(inputs["x"]), _float64(inputs["G"])
     options = {
         "scaling": dora.scaling(case.alpha, case.rank, rank_stabilized=case.rank_stabilized),
@@ -123,7 +131,7 @@ def _train(case: Case, *, norm_gradient: NormGradient = "constant", magnitude_dt
         seen = tuple(
             dataclasses.replace(a, magnitude=a.magnitude.astype(magnitude_dtype).astype(jnp.float64)) for a in adapters
         )
-        gradient = gradients(seen, weights, biases, x_TI, G_TO, norm_gradient=norm_gradient, **options)
+        gradient = gradients(seen, weights, biases, x_TI, G_TO, norm_gradient=norm_gradient, masks=masks, **options)
         if case.clip:
             gradient, _ = training.clip(gradient, max_norm=case.clip)
         adapters, state, kept = _stepped(case, adapters, gradient, state)

@@ -18,7 +18,6 @@ from parity.selection import compile_expression
 SPECIFIED, _, _ = files("ref").joinpath("SPEC.md").read_text(encoding="utf-8").partition("\n## Later")
 CLAUSES = re.findall(r"^### (\S+)", SPECIFIED, flags=re.MULTILINE)
 WITHOUT_CASES = {
-    "D9": "torch_impl has no dropout yet; the reference takes the mask as an input",
     "C2": "no case reads a quantised checkpoint yet",
 }
 """Clauses that no case bears on, each with the reason; all of them are tested by number in `tests/ref`."""

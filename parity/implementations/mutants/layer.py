@@ -160,6 +160,28 @@ class BiasScaled(Mutant):
             yield
 
 
+class DropoutOnFactorsOnly(Mutant):
+    """y = c * (x W' + s (u A') B') + b: the magnitude acts on what was dropped as well."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Another product where there is a mask; differentiated by autograd, so for unsharded weights alone."""
+        return mock.patch.object(layers.DoraLayer, "_by_rule", _factors_dropped)
+
+
+_right_rule = layers.DoraLayer._by_rule  # noqa: SLF001 - a mutant replaces what is inside
+
+
+def _factors_dropped(layer: layers.DoraLayer, base: nn.Module, x: Tensor, *others: Tensor | None) -> Tensor:
+    A, B, m, bias, keep = others
+    if keep is None or m is None:
+        return _right_rule(layer, base, x, *others)
+    W = base.decode(base.weight, dtype=layer.compute_dtype)
+    n = layer.row_norms(W, A.detach(), B.detach())
+    u = x * keep / (1 - layer.config.dropout)
+    y = m / n * (x @ W.T + layer.scaling * (u @ A.T) @ B.T)
+    return y if bias is None else y + bias
+
+
 def _after_init(change: Callable[[nn.Module], None]) -> contextlib.AbstractContextManager[object]:
     """Apply a change to every layer when it has been made."""
     make = inject.dora_linear
@@ -180,5 +202,6 @@ LAYER_MUTANTS = (
     MagnitudeFromWrongWeight,
     MagnitudeDtype,
     BiasScaled,
+    DropoutOnFactorsOnly,
     StaleNorm,
 )
