@@ -46,9 +46,10 @@ def _train(words: list[str]) -> int:
         flags = [*_as_flags(defaults), *words]
         options = tyro.cli(TrainOptions, args=flags, prog="python -m torch_impl train", console_outputs=place.rank == 0)
     except DoraError as error:
-        if place.rank == 0:
-            sys.stderr.write(f"error: {error}\n")
-        return 2
+        sys.stderr.write(f"error: {error}\n" if place.rank == 0 else "")
+        return job.after_rank_0(place, 2)
+    except SystemExit as done:
+        return job.after_rank_0(place, 0 if done.code is None else int(done.code))
     with job.one_line(place), job.joined(place, phase_timeout=options.phase_timeout) as phases:
         train(options, phases, restarted=place.restart > 0)
     return 0

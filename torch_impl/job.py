@@ -27,6 +27,10 @@ _REACH = 8.0
 """Seconds to reach the launcher's store: it is there before any rank is, so one that can't be reached is gone."""
 
 
+_PATIENCE = 20.0
+"""Seconds for rank 0 to speak first: hosts import torch in unlike times."""
+
+
 @dataclass(frozen=True)
 class Seat:
     """Where this process sits, as the launcher says."""
@@ -179,6 +183,16 @@ def _store(place: Seat, *, timeout: timedelta) -> Any:
     return distributed.PrefixStore(f"dora/{place.restart}", store)
 
 
+def after_rank_0(place: Seat, status: int) -> int:
+    """A status, late: torchrun ends all ranks at the first that fails, and rank 0 has something to say.
+
+    Rank 0's own end is what ends this wait, by torchrun's SIGTERM.
+    """
+    if place.rank and status:
+        time.sleep(_PATIENCE)
+    return status
+
+
 @contextmanager
 def one_line(place: Seat) -> Iterator[None]:
     """What the body refuses becomes one line, printed by the first rank that meets it, and exit status 1.
@@ -190,6 +204,8 @@ def one_line(place: Seat) -> Iterator[None]:
     except DoraError as error:
         if isinstance(error, PeerLostError) or _first_to_speak(place):
             sys.stderr.write(f"error: {error}\n")
+    except BrokenPipeError:
+        sys.stderr.write("error: nothing reads the standard output any more; write it to a file, then --resume\n")
     except RuntimeError as error:
         if not isinstance(error, distributed.DistError) and "gloo" not in str(error) and "peer" not in str(error):
             raise
@@ -213,5 +229,6 @@ def _first_to_speak(place: Seat) -> bool:
 
 def _leave() -> None:
     """End at once: destructors of a process group whose peers are gone may wait for them."""
-    sys.stdout.flush()
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
     os._exit(1)

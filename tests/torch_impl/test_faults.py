@@ -1,7 +1,10 @@
 """Under torchrun: lost ranks, a lost launcher, SIGTERM, hangs, restarts, unwritable places."""
 
+import os
 import shutil
 import signal
+import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from launched import (
+    command,
     kill_beside_one_that_joins,
     kill_in_a_collective,
     kill_in_a_save,
@@ -190,3 +194,40 @@ def test_an_unwritable_place_is_one_line(tmp_path: Path, words: Callable[..., li
     assert ending.status != 0
     assert len([line for line in ending.lines if line.startswith("error: ")]) == 1
     assert "torch_impl/train.py" not in "\n".join(ending.lines)
+
+
+@pytest.mark.parametrize("wrong", [("--alpha", "0"), ("--rank", "many")], ids=["value", "word"])
+def test_bad_usage_is_said_once_whoever_is_first(
+    tmp_path: Path, words: Callable[..., list[str]], wrong: tuple[str, str]
+) -> None:
+    """Torchrun ends the others when a rank ends: rank 0, here the slower one, still says what is wrong."""
+
+    def act(_: int, ranks: dict[int, int]) -> int:
+        os.kill(ranks[0], signal.SIGSTOP)
+        time.sleep(8)
+        os.kill(ranks[0], signal.SIGCONT)
+        return ranks[0]
+
+    ending = watch(words(*wrong), until="", act=act)(tmp_path / "log", world=2)
+
+    text = "\n".join(ending.lines)
+    assert ending.status != 0
+    assert text.count("alpha 0.0 gives no usable scaling" if wrong[0] == "--alpha" else "Error parsing --rank") == 1
+
+
+def test_a_reader_that_goes_away_is_one_line(tmp_path: Path, words: Callable[..., list[str]]) -> None:
+    """As under `train ... | head -1`: no traceback."""
+    with subprocess.Popen(  # noqa: S603 - our own words
+        command(words(), world=0),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    ) as job:
+        job.stdout.readline()
+        job.stdout.close()
+        said = job.stderr.read().splitlines()
+
+    assert job.returncode == 1
+    assert [line for line in said if "error" in line.lower()] == [said[-1]]
+    assert said[-1].startswith("error: nothing reads the standard output")
