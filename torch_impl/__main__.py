@@ -3,9 +3,11 @@
 Exit status: 0 done (SIGTERM included, once saved), 1 it fell short, 2 it can't run as asked, 3 a watchdog ended it.
 """
 
+import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 VERBS = ("train", "preflight", "merge", "export")
@@ -44,7 +46,9 @@ def _train(words: list[str]) -> int:
         given, words = _config(words)
         defaults = from_file(given) if given else {}
         flags = [*_as_flags(defaults), *words]
-        options = tyro.cli(TrainOptions, args=flags, prog="python -m torch_impl train", console_outputs=place.rank == 0)
+        out, err = (io.StringIO(), io.StringIO()) if place.rank else (sys.stdout, sys.stderr)  # one rank speaks
+        with redirect_stdout(out), redirect_stderr(err):
+            options = tyro.cli(TrainOptions, args=flags, prog="python -m torch_impl train")
     except DoraError as error:
         sys.stderr.write(f"error: {error}\n" if place.rank == 0 else "")
         return job.after_rank_0(place, 2)

@@ -215,7 +215,7 @@ def test_bad_usage_is_said_once_whoever_is_first(
     assert text.count("alpha 0.0 gives no usable scaling" if wrong[0] == "--alpha" else "Error parsing --rank") == 1
 
 
-def test_a_reader_that_goes_away_is_one_line(tmp_path: Path, words: Callable[..., list[str]]) -> None:
+def test_a_reader_that_goes_away_is_one_line(words: Callable[..., list[str]]) -> None:
     """As under `train ... | head -1`: no traceback."""
     with subprocess.Popen(  # noqa: S603 - our own words
         command(words(), world=0),
