@@ -1,26 +1,21 @@
 """Sharding over a mesh of three axes: FSDP, hybrid, tensor-parallel, and any two or three of them at once.
 
-Axes: N data-parallel ranks, T tokens of one, I in, O out, R rank of the adapter; small letters (o, i) are a tensor
-rank's part. Clauses S9 and S10, over S3, S4 and S8. A mesh has the axes
+Axes: N data-parallel ranks, T tokens of one, I in, O out, R rank of the adapter. Clauses S9 and S10, over S3, S4,
+S8. A mesh has the axes
 
     replicate   whole copies of what `shard` cuts; gradients are averaged                      S9
     shard       dim 0 of every parameter, gathered in its layer's forward, as FSDP does        S1, S8
     tensor      the output rows of a column-parallel layer, the input features of a row-parallel one      S10
 
-A layer's parameters on tensor rank p, and its forward; each collective of the backward is written out beside its own:
-
-    column    W[p] (o, I)   A (R, I)      B[p] (o, R)   m[p], b[p] (o)     y[p] = c[p] * (x V[p]') + b[p]
-    row       W[p] (O, i)   A[p] (R, i)   B (O, R)      m, b (O)           y = c * sum_p (x[p] V[p]') + b
-
-with n[p] local in the first, and n^2 = sum_p n[p]^2 in the second. `placed` is the other way to write the same: the
-unsharded program under `jit`, with arrays that carry a NamedSharding.
+and `tensor_parallel` has one layer's program along the last. `placed` is the other way to write the same: the unsharded
+program under `jit`, with arrays that carry a NamedSharding.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final, Literal, TypeAlias
+from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +23,8 @@ from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Num
 
-from ref.dora import direction, forward_with_ratio, power_of_two, ratio, scaled_root, weight_norm
 from ref.layouts import up_to
+from ref.tensor_parallel import TENSOR, Cut, all_features, column_parallel, own_features, row_parallel
 from ref.types import Adapter, InputError, Layer
 
 REPLICATE: Final = "replicate"
@@ -37,12 +32,6 @@ REPLICATE: Final = "replicate"
 
 SHARD: Final = "shard"
 """S1: the axis along which dim 0 of every parameter is cut."""
-
-TENSOR: Final = "tensor"
-"""S10: the axis along which a layer's features are cut."""
-
-Cut: TypeAlias = Literal["column", "row"]
-"""S10: which features of a layer the tensor axis cuts: the output ones, or the input ones."""
 
 
 def make_mesh(*, replicate: int = 1, shard: int = 1, tensor: int = 1) -> Mesh:
@@ -76,7 +65,7 @@ def placements(layer: Layer, *, cut: Cut) -> Layer:
     return Layer(wide, Adapter(A_spec, rows, rows), bias, scaling=layer.scaling)
 
 
-# Pairs of collectives: the one of the forward pass, and the one that it brings about in the backward pass.
+# Gathering, and what it brings about in the backward pass.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -101,106 +90,6 @@ def _gather_rows_backward(_rows: int, _: None, cotangent_D: Float[Array, "D *K"]
 
 
 gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
-
-
-@jax.custom_vjp
-def use_on_all(whole: Float[Array, "*K"]) -> Float[Array, "*K"]:
-    """S10: hand a whole value to every tensor rank's part; the parts of its gradient are summed, never averaged.
-
-    forward   nothing
-    backward  all_reduce (sum) over `tensor`
-    """
-    return whole
-
-
-use_on_all.defvjp(lambda whole: (whole, None), lambda _, cotangent: (lax.psum(cotangent, TENSOR),))
-
-
-@jax.custom_vjp
-def sum_of_all(part: Float[Array, "*K"]) -> Float[Array, "*K"]:
-    """S10: the sum of all tensor ranks' parts; each part's gradient is the sum's own.
-
-    forward   all_reduce (sum) over `tensor`
-    backward  nothing
-    """
-    return lax.psum(part, TENSOR)
-
-
-sum_of_all.defvjp(lambda part: (lax.psum(part, TENSOR), None), lambda _, cotangent: (cotangent,))
-
-
-@jax.custom_vjp
-def own_features(x_TI: Float[Array, "T I"]) -> Float[Array, "T i"]:
-    """S10: this tensor rank's features of a whole input.
-
-    forward   a slice
-    backward  all_gather over `tensor`
-    """
-    width = x_TI.shape[1] // lax.axis_size(TENSOR)
-
-    return lax.dynamic_slice_in_dim(x_TI, lax.axis_index(TENSOR) * width, width, axis=1)
-
-
-own_features.defvjp(
-    lambda x_TI: (own_features(x_TI), None),
-    lambda _, cotangent: (lax.all_gather(cotangent, TENSOR, axis=1, tiled=True),),
-)
-
-
-@jax.custom_vjp
-def all_features(x_Ti: Float[Array, "T i"]) -> Float[Array, "T I"]:
-    """S10: the whole input from all tensor ranks' features.
-
-    forward   all_gather over `tensor`
-    backward  a slice
-    """
-    return lax.all_gather(x_Ti, TENSOR, axis=1, tiled=True)
-
-
-all_features.defvjp(lambda x_Ti: (all_features(x_Ti), None), lambda _, cotangent: (own_features(cotangent),))
-
-
-# One layer on one rank: `held` is its part of the tensor axis, gathered over `shard`.
-
-
-def column_parallel(x_TI: Float[Array, "T I"], held: Layer) -> Float[Array, "T o"]:
-    """S10: this tensor rank's output features, from whole inputs; the norm is local, no collective in the forward.
-
-    dA and dx are sums over the tensor ranks of what each one's rows give.
-    """
-    x_TI = use_on_all(x_TI)
-    adapter = replace(held.adapter, lora_A=use_on_all(held.adapter.lora_A))
-    V_oI = direction(held.weight, adapter.lora_A, adapter.lora_B, scaling=held.scaling)
-    c_o = ratio(adapter.magnitude, lax.stop_gradient(weight_norm(V_oI)))
-
-    return forward_with_ratio(x_TI, held.weight, adapter, c_O=c_o, scaling=held.scaling, bias_O=held.bias)
-
-
-def row_parallel(x_Ti: Float[Array, "T i"], held: Layer) -> Float[Array, "T O"]:
-    """S10: whole outputs from this tensor rank's input features: y0 and n^2 are summed before anything else.
-
-        y0 = sum_p (x[p] V[p]'),        n^2 = sum_p n[p]^2,        y = (m / n) * y0 + b
-
-    so that dm, which holds y0, sees the whole of it. dB is the sum of what each tensor rank's features give.
-    """
-    adapter = replace(held.adapter, lora_B=use_on_all(held.adapter.lora_B))
-    n_O = lax.stop_gradient(norm_of_cut_rows(held))
-
-    part_TO = forward_with_ratio(x_Ti, held.weight, adapter, c_O=jnp.ones_like(n_O), scaling=held.scaling)
-    y_TO = ratio(adapter.magnitude, n_O)[None, :] * sum_of_all(part_TO.astype(n_O.dtype))
-    y_TO = y_TO if held.bias is None else y_TO + held.bias.astype(n_O.dtype)[None, :]
-
-    return y_TO.astype(x_Ti.dtype)
-
-
-def norm_of_cut_rows(held: Layer) -> Float[Array, " O"]:
-    """S10, D4: the norm of rows that the tensor axis cuts: squares over one power of two are summed, then rooted."""
-    V_Oi = direction(held.weight, held.adapter.lora_A, held.adapter.lora_B, scaling=held.scaling)
-    V_Oi = lax.stop_gradient(V_Oi)
-    power_O = power_of_two(lax.pmax(jnp.max(jnp.abs(V_Oi), axis=1, initial=0), TENSOR))
-    squares_O = lax.psum(jnp.sum(jnp.square(V_Oi / power_O[:, None]), axis=1), TENSOR)
-
-    return scaled_root(squares_O, power_O)
 
 
 def gather_unit(held: Layer, *, heights: Layer) -> Layer:

@@ -19,6 +19,7 @@ from parity.oracle.stack import FACTORS
 from parity.ranks import Place
 from parity.shard import Shard
 from ref import mesh, training
+from ref.tensor_parallel import Cut
 from ref.types import Adapter, Layer
 
 
@@ -55,12 +56,12 @@ class JaxMesh(JaxSharded):
             layers = [_with_adapter(*parts) for parts in zip(layers, whole, held, strict=True)]
 
 
-def cut_of(layer: Layer, tensor: int) -> mesh.Cut:
+def cut_of(layer: Layer, tensor: int) -> Cut:
     """S10: by output features where they divide among the tensor ranks, else by input features."""
     return "column" if layer.weight.shape[0] % tensor == 0 else "row"
 
 
-def _laid_out(whole: Layer, cut: mesh.Cut, devices: Mesh) -> Adapter:
+def _laid_out(whole: Layer, cut: Cut, devices: Mesh) -> Adapter:
     """The adapter's padded arrays, each device with its part."""
     specs = mesh.placements(whole, cut=cut)
     return Adapter(

@@ -10,7 +10,7 @@ import pytest
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from ref import dora, fsdp, mesh
+from ref import dora, fsdp, mesh, tensor_parallel
 from ref.types import Adapter, InputError, Layer
 
 MESHES = {
@@ -108,7 +108,7 @@ def test_s10_the_norm_of_cut_rows_keeps_its_range(size: float) -> None:
     )
     spec = mesh.placements(held, cut="row")
     on_mesh = jax.shard_map(
-        mesh.norm_of_cut_rows,
+        tensor_parallel.norm_of_cut_rows,
         mesh=mesh.make_mesh(tensor=2),
         in_specs=(spec,),
         out_specs=PartitionSpec(),
@@ -162,7 +162,7 @@ def test_s10_placed_arrays_are_cut() -> None:
     ],
     ids=["batches", "cuts", "features"],
 )
-def test_s10_refuses_what_does_not_fit(sizes: dict[str, int], cuts: tuple[mesh.Cut, ...], said: str) -> None:
+def test_s10_refuses_what_does_not_fit(sizes: dict[str, int], cuts: tuple[tensor_parallel.Cut, ...], said: str) -> None:
     """Batches, cuts or features that the mesh cannot deal are named."""
     x_NTI, G_NTO = batches(2)
 
