@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Link = Literal["algebra", "shards", "frameworks", "training", "controls"]
-Model = Literal["stack", "codec", "pretrained"]
+Model = Literal["stack", "codec", "checkpoint", "pretrained"]
 Proof = Literal["lattice", "one-hot", "bound", "start", "root", "sensitivity", "decode", "files", "refusal"]
-Base = Literal["float32", "bfloat16", "float64", "nf4"]
+Base = Literal["float32", "bfloat16", "float64", "nf4", "fp4"]
 Compute = Literal["float32", "bfloat16", "float64"]
 Task = Literal["train", "merge", "written", "read", "refuse"]
 
@@ -35,7 +35,7 @@ class Case:
     link: Link
     """The link of the argument that this case belongs to."""
     model: Model
-    """A stack of linear layers, the 4-bit codec alone, or a pretrained network."""
+    """A stack of linear layers, the 4-bit codec alone, a small Llama's packed checkpoint, or a pretrained network."""
     proof: Proof
     """How the shards are compared, and hence what the inputs must be."""
     subject: str = "torch_impl"
@@ -58,6 +58,10 @@ class Case:
     """Tokens of all ranks together; they are dealt unevenly."""
     base: Base = "float32"
     """How the frozen weight is stored."""
+    flat: bool = False
+    """Whether the scales of a packed checkpoint are float32 themselves, and not 8-bit codes of them (Q6)."""
+    storage: Literal["uint8", "float16", "bfloat16", "float32"] = "uint8"
+    """What the bytes of a packed checkpoint are seen as (Q3)."""
     compute: Compute = "float32"
     """The dtype that the layer multiplies in."""
     param_dtype: Compute | None = None
@@ -82,7 +86,7 @@ class Case:
     """Whether B starts at zero (D12)."""
     task: Task = "train"
     """What is done: training; merging (D10); writing adapter files that the reference reads, or reading what it wrote
-    (C1); refusing what is bad."""
+    (C1); writing a packed checkpoint that both read (C2); refusing what is bad."""
     bad: str = ""
     """What is to be refused, by name."""
     steps: int = 1
@@ -126,6 +130,7 @@ class Case:
         drawn = ("bias", "zero_rows", "hard_rows", "ties", "zero_b", "batched", "dropout", "faint")
         named = {
             "": self.activation if self.activation != "identity" else "",
+            "storage-": self.storage if self.storage != "uint8" else "",
             "wire-": self.param_dtype,
             "reduce-": self.reduce_dtype,
             "by-": self.optimizer if self.optimizer != "sgd" else "",
@@ -136,7 +141,7 @@ class Case:
         return [
             *([self.task] if self.task in {"merge", "written", "read"} else []),
             *([self.bad] if self.bad else []),
-            *(name for name in ("rank_stabilized", *drawn, "late", "recompute") if getattr(self, name)),
+            *(name for name in ("rank_stabilized", "flat", *drawn, "late", "recompute") if getattr(self, name)),
             *(f"{words}{value}" for words, value in named.items() if value),
         ]
 

@@ -54,7 +54,9 @@ def from_twin(case: Case, twin: list[Shard], predictions: Predictions, *, units:
 
 def _against_oracle(case: Case, key: Key, prediction: Prediction) -> Expected:
     if case.proof in {"decode", "files"}:
-        return Expected(value=prediction.value, mode="bits")
+        # FP4's code 8 is a second 0, whose sign bitsandbytes gives it or not by the length of the rows (Q4)
+        signless = case.base == "fp4" and key[1] == "decoded"
+        return Expected(value=prediction.value, mode="bitwise" if signless else "bits")
     if case.is_exact:
         return Expected(value=_exactly_float32(case, key, prediction.value), mode="bitwise")
     if case.proof == "root":

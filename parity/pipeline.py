@@ -134,7 +134,7 @@ class Pipeline:
         return self._pools.run(job, seconds=limit_seconds(case))
 
     def _exchange(self, job: Job) -> list[RankAnswer]:
-        """C1: one side writes files, then the other reads them; what the reader holds is the answer."""
+        """C1, C2: one side writes files, then the other reads them; what the readers hold is the answer."""
         seconds = limit_seconds(job.case)
         with tempfile.TemporaryDirectory(prefix="dora-parity-") as folder:
             ours = dataclasses.replace(job, folder=Path(folder))
@@ -143,7 +143,7 @@ class Pipeline:
             if job.case.task == "written":
                 written = self._pools.run(ours, seconds=seconds)
                 refused = [answer for answer in written if answer.refused]
-                return refused or self._ahead.submit(ask, urgent=True).result()
+                return refused or [*written, *self._ahead.submit(ask, urgent=True).result()]
             self._ahead.submit(ask, urgent=True).result()
             return self._pools.run(ours, seconds=seconds)
 

@@ -1,14 +1,15 @@
-"""Merged weights (D10), adapter files from one side to the other (C1), and what must be refused (Q7, Q8, C3, C4)."""
+"""Merged weights (D10), files from one side to the other (C1, C2), and what must be refused (Q7, Q8, C3, C4)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 from parity.case import UNSHARDED, Case
 from parity.cases.declared import stack_case
-from parity.cases.shapes import THIN, UNEVEN
+from parity.cases.shapes import LLAMA, THIN, UNEVEN
 
 _PLACES = ((UNSHARDED, 1), ("fsdp1", 3), ("fsdp1-orig", 2), ("fsdp2", 4), ("hsdp", 4), ("ddp", 2))
 _REFUSALS = {
@@ -28,7 +29,7 @@ _REFUSALS = {
 
 def file_cases() -> list[Case]:
     """All of them are quick."""
-    return [*_merged(), *_exchanged(), *_refused()]
+    return [*_merged(), *_exchanged(), *_checkpoints(), *_refused()]
 
 
 def _merged() -> Iterator[Case]:
@@ -49,6 +50,34 @@ def _exchanged() -> Iterator[Case]:
         at = {"proof": "files", "strategy": strategy, "world": world, "task": task, "steps": 0}
         for shape, features in ((UNEVEN, {"rank_stabilized": True}), (THIN, {"base": "nf4"})):
             yield _only("C1", stack_case(shape, link="frameworks", **at, **features))
+
+
+def _checkpoints() -> Iterator[Case]:
+    """C2: what transformers and bitsandbytes wrote, both sides read as it is, bytes and numbers, to the bit."""
+    unsharded = ({}, {"flat": True}, {"base": "fp4", "compute": "bfloat16"}, {"storage": "float32"})
+    for features in unsharded:
+        yield _checkpoint(**features)
+    yield _checkpoint(strategy="fsdp1", world=3, storage="bfloat16", compute="bfloat16")
+    yield _checkpoint(strategy="fsdp1-orig", world=2, storage="float32", flat=True)
+    yield _checkpoint(strategy="fsdp2", world=4, storage="float16")
+
+
+def _checkpoint(**features: Any) -> Case:
+    clauses = ["C2", "Q2", "Q3", "Q4"]
+    clauses += [] if features.get("flat") else ["Q6"]
+    clauses += ["S6"] if "world" in features else []
+    fields = {"base": "nf4", "task": "written", "steps": 0, **features}
+    return Case(
+        link="frameworks",
+        model="checkpoint",
+        proof="files",
+        layers=LLAMA.layers,
+        shape_name=LLAMA.name,
+        rank=LLAMA.rank,
+        alpha=LLAMA.scaling * LLAMA.rank,
+        clauses=tuple(clauses),
+        **fields,
+    )
 
 
 def _refused() -> Iterator[Case]:

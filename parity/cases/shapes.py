@@ -37,4 +37,13 @@ SINGLE_ROW = Shape("single-row", ((64, 1),), 2, 1.5, 3.0, "out = 1: ranks with e
 ODD = Shape("odd", ((67, 33), (33, 19)), 3, 5 / 3, 1.0, "odd element counts: the last byte carries one nibble")
 MANY_BLOCKS = Shape("many-blocks", ((160, 104),), 2, 1.5, 1.0, "260 blocks: a second nested block (Q6)")
 
+LLAMA = Shape(
+    "llama",
+    (*((84, 84), (84, 42), (84, 42), (84, 84)), *((84, 200), (84, 200), (200, 84)), *((84, 32), (84, 32))),
+    2,
+    1.5,
+    1.0,
+    "q, k, v, o, gate, up, down, embedding, head: rows cut blocks, last blocks are short, a second nested block",
+)
+
 SHAPES = (UNEVEN, PADDED, THIN, SINGLE_ROW)

@@ -1,4 +1,4 @@
-"""The reference's side of every exchange of adapter files (C1), and what it refuses itself (Q7, Q8, C3, C4)."""
+"""The reference's side of every exchange of files (C1, C2), and what it refuses itself (Q7, Q8, C3, C4)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import numpy as np
 
 from parity.case import Case
 from parity.inputs import stack_inputs
+from parity.inputs.llama import LEFT, LINEARS
 from parity.oracle.stack import FACTORS
 from parity.ranks import Place
 from parity.shard import Shard, whole_index
 from ref import codebooks, quant, state
 from ref.adapter_files import AdapterConfig, read_adapter, write_adapter
+from ref.quantised_checkpoint import read_quantised_checkpoint
 from ref.types import Adapter
 
 
@@ -25,12 +27,15 @@ class JaxFiles:
     """Reads what the subject wrote, or writes what it reads; `meet` takes what is sound and what is bad."""
 
     def refuses(self, case: Case) -> str | None:
-        """Adapter files of stacks, and what it knows to be bad."""
+        """Adapter files of stacks, packed checkpoints, and what it knows to be bad."""
         known = case.task in {"written", "read"} or case.bad in _MEET
         return None if known else "the reference has files and refusals alone here"
 
     def run(self, case: Case, place: Place) -> Iterator[Shard]:
         """Every tensor that was read, whole; nothing where it writes."""
+        if case.model == "checkpoint":
+            yield from _packed(case, place.folder)
+            return
         adapters = _adapters(case)
         if case.task == "read":
             config = AdapterConfig(rank=case.rank, alpha=case.alpha, rank_stabilized=case.rank_stabilized)
@@ -53,6 +58,19 @@ def _adapters(case: Case) -> dict[str, Adapter]:
     inputs = stack_inputs(case)
     names = [f"layers.{position}" for position in range(len(case.layers))]
     return {name: Adapter(*(jnp.asarray(inputs[f"{name}.{factor}"]) for factor in FACTORS)) for name in names}
+
+
+def _packed(case: Case, folder: Path) -> Iterator[Shard]:
+    """C2: bytes and scales as they are stored, and every weight as the network will use it."""
+    found = read_quantised_checkpoint(folder, dtype=case.compute)
+    for name, weight in found.packed.items():
+        yield _whole(f"{name}.weight", "packed", np.asarray(weight.packed))
+        yield _whole(f"{name}.weight", "absmax", np.asarray(weight.state.absmax))
+    for name in LINEARS:
+        stacked = found.parameters.layers[name.removeprefix("model.layers.0.")]
+        yield _whole(name, "decoded", np.asarray(stacked)[0])
+    for name, array in zip(LEFT, (found.parameters.embedding, found.parameters.head), strict=True):
+        yield _whole(name, "decoded", np.asarray(array))
 
 
 def _whole(name: str, kind: str, array: np.ndarray) -> Shard:

@@ -1,4 +1,4 @@
-"""`torch_impl` put to the proof: stacks, the 4-bit codec, and pretrained networks."""
+"""`torch_impl` put to the proof: stacks, the 4-bit codec, packed checkpoints, and pretrained networks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from parity.case import TORCH_STRATEGIES, UNSHARDED, Case
+from parity.implementations.torch_checkpoint import packed_shards
 from parity.implementations.torch_codec import codec_shards
 from parity.implementations.torch_files import KNOWN, meet, merged_shards, read_shards
 from parity.implementations.torch_network import build_network, network_losses, offset_shards
@@ -38,6 +39,8 @@ class TorchDora(TorchStack):
         """By the kind of model."""
         if case.model == "codec":
             yield from codec_shards(case, place)
+        elif case.model == "checkpoint":
+            yield from packed_shards(case, place, partial(self.shard, case=case))
         elif case.task != "train":
             yield from self._run_files(case, place)
         elif case.model == "pretrained":

@@ -32,7 +32,7 @@ def merged_shards(case: Case, made: Makes, plain: Makes, shard: Callable[[nn.Mod
             torch.distributed.barrier()
     for name, weight in merge_adapter(model).named_parameters():
         if name.endswith(".weight"):
-            yield _whole(name, "merged", weight)
+            yield whole(name, "merged", weight)
 
 
 def read(case: Case, plain: Makes, folder: Path) -> nn.Module:
@@ -45,11 +45,12 @@ def read_shards(case: Case, plain: Makes, shard: Callable[[nn.Module], nn.Module
     """C1: what each rank holds of an adapter that the reference wrote, and the scaling of each layer."""
     model = read(case, plain, folder)
     for name, layer in model.layers.named_children():
-        yield _whole(f"layers.{name}", "scaling", torch.tensor(layer.scaling, dtype=torch.float32))
+        yield whole(f"layers.{name}", "scaling", torch.tensor(layer.scaling, dtype=torch.float32))
     yield from shards_now(model if case.strategy == UNSHARDED else shard(model), 0, ("parameter",))
 
 
-def _whole(name: str, kind: str, tensor: torch.Tensor) -> Shard:
+def whole(name: str, kind: str, tensor: torch.Tensor) -> Shard:
+    """A tensor that this rank has whole."""
     array = to_numpy(tensor)
     index = whole_index(array.shape)
     return Shard(name=name, kind=kind, step=0, global_shape=array.shape, index=index, array=array)

@@ -1,16 +1,28 @@
-"""The oracle of merged weights (D10), and of what adapter files hold (C1): the numbers that went into them."""
+"""The oracle of merged weights (D10), and of what files hold (C1, C2): the numbers that went into them."""
 
 from __future__ import annotations
 
+from itertools import product
+
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from parity import bounds
 from parity.case import Case
 from parity.inputs import stack_inputs
+from parity.inputs.llama import LEFT, LINEARS, llama_weights
 from parity.oracle.prediction import Prediction, Predictions
 from parity.oracle.stack import FACTORS, stack_arrays
-from ref import dora
+from parity.oracle.weights import PROFILE
+from ref import dora, quant
+
+
+def predict(case: Case) -> Predictions:
+    """By what the files hold."""
+    if case.model == "checkpoint":
+        return predict_checkpoint(case)
+    return predict_merged(case) if case.task == "merge" else predict_adapters(case)
 
 
 def predict_merged(case: Case) -> Predictions:
@@ -29,8 +41,29 @@ def predict_merged(case: Case) -> Predictions:
     return predictions
 
 
-def predict_files(case: Case) -> Predictions:
-    """The adapter of each layer, to the bit, and the scaling that the configuration stands for (D1)."""
+def predict_checkpoint(case: Case) -> Predictions:
+    """C2: coded from the weights that went in, and never written: what either side reads, and every rank decodes."""
+    weights = {name: jnp.asarray(weight).astype(case.compute) for name, weight in llama_weights(case).items()}
+    predictions: Predictions = {}
+    for name in LINEARS:
+        packed, state = quant.encode(weights[name], quant_type=case.base, profile=PROFILE, nested=not case.flat)
+        decoded = Prediction(value=np.asarray(quant.decode(packed, state)))
+        ours = f"{name.removesuffix('.weight')}.base.weight"
+        stored = np.asarray(packed).view(_STORAGES[case.storage]).reshape(-1, 1)
+        predictions[0, "packed", name] = Prediction(value=np.asarray(packed))
+        predictions[0, "absmax", name] = Prediction(value=np.asarray(state.absmax))
+        predictions[0, "decoded", name] = predictions[0, "decoded", ours] = decoded
+        predictions[0, "parameter", ours] = Prediction(value=stored)
+    for name, kind in product(LEFT, ("decoded", "parameter")):
+        predictions[0, kind, name] = Prediction(value=np.asarray(weights[name]))
+    return predictions
+
+
+_STORAGES = {"bfloat16": ml_dtypes.bfloat16, **{name: np.dtype(name) for name in ("uint8", "float16", "float32")}}
+
+
+def predict_adapters(case: Case) -> Predictions:
+    """C1: the adapter of each layer, to the bit, and the scaling that the configuration stands for (D1)."""
     inputs = stack_inputs(case)
     scaling = dora.scaling(case.alpha, case.rank, rank_stabilized=case.rank_stabilized)
     predictions: Predictions = {}

@@ -105,9 +105,9 @@ def _answer(asked: Any, model: Path | None) -> Any:
 
         return predict_network(case, model, dict(asked.offsets))
     if case.task != "train":
-        from parity.oracle.files import predict_files, predict_merged  # noqa: PLC0415
+        from parity.oracle.files import predict  # noqa: PLC0415
 
-        return predict_merged(case) if case.task == "merge" else predict_files(case)
+        return predict(case)
     from parity.oracle.stack import predict_stack, predict_start  # noqa: PLC0415
 
     return predict_start(case) if case.proof in {"start", "root"} else predict_stack(case)
