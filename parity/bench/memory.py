@@ -1,7 +1,6 @@
 """The most memory that a process holds which does nothing but train SmolLM2 with one method."""
 
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from parity.bench.groups import end_with_parent
 from parity.bench.measure import Row
 from parity.bench.network import TOKENS, ours, step
 from parity.pretrained import locate, token_ids
+from torch_impl.optim import host_memory
 
 SECONDS = 300
 """How long one of the processes may take."""
@@ -37,7 +37,7 @@ def trained(method: str) -> int:
     run = step(ours(model, method), torch.as_tensor(token_ids(model, TOKENS)).reshape(1, TOKENS))
     for _ in range(3):
         run()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return host_memory(peak=True)
 
 
 if __name__ == "__main__":
