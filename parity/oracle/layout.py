@@ -5,9 +5,7 @@ from __future__ import annotations
 from parity.layout import LayoutQuestion, Layouts
 from parity.shard import Index
 from ref import layouts as rules
-
-_ALIGNED_BYTES = 16
-"""S2: with `use_orig_params=True` each member starts at a multiple of this."""
+from ref.model_layouts import ALIGNED_BYTES
 
 
 def predict_layout(question: LayoutQuestion) -> Layouts:
@@ -36,7 +34,7 @@ def _unit_layout(question: LayoutQuestion, unit: list, rank: int) -> list[tuple[
             (name, (rules.fsdp2_row_range(shape[0], world_size=size, rank=rank % size), *_whole(shape[1:])))
             for name, shape, _ in unit
         ]
-    alignment = _ALIGNED_BYTES // unit[0][2] if question.strategy == "fsdp1-orig" else None
+    alignment = ALIGNED_BYTES // unit[0][2] if question.strategy == "fsdp1-orig" else None
     members = [(name, shape) for name, shape, _ in unit]
     layout = rules.flat_layout(members, world_size=size, alignment=alignment)
     return [(name, (part,)) for name, part in layout.shard(rank)]
