@@ -20,6 +20,8 @@ float64 (`_direct_rows`):
   ``2^-126 (I + 2 R) (1 + |s| + b_i)^2`` with ``b_i = |s| sum_k |B_ik|``; n_i^2 must be 2^24 times that, so that the
   loss is below half an ulp.
 
+Where the user lets float32 products be rounded to TF32 or bfloat16, g is not that of float32: all rows are float64's then.
+
 So the fast form's range is norms from some 1e-13 (for |s| and b_i near 1 and I in the thousands) to 1e18.
 """
 
@@ -120,12 +122,20 @@ def weight_norm(
         n, float32 (O): within a few ulps of the float64 norm on every row whose norm float32 can hold, and 0 exactly
         where the row of V is 0.
     """
+    if _products_are_narrowed(W_OI.device):
+        return _direct_rows(W_OI, A_RI, B_OR, scaling=scaling)
     squared_O, trusted_O = _factored(W_OI, A_RI, B_OR, scaling=scaling)
     norm_O = squared_O.sqrt()
     rows = (~trusted_O).nonzero().squeeze(1)
     if rows.numel():
         norm_O[rows] = _direct_rows(W_OI[rows], A_RI, B_OR[rows], scaling=scaling)
     return norm_O
+
+
+def _products_are_narrowed(device: torch.device) -> bool:
+    """Whether `torch.set_float32_matmul_precision` or its kin allow products of float32 to be less than that."""
+    matmul = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    return matmul.fp32_precision not in {"none", "ieee"}
 
 
 def grouped_weight_norm(

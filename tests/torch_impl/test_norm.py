@@ -72,6 +72,23 @@ def test_d13_the_guard_is_needed() -> None:
     assert float(error.max()) > allowed(96)
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_d11_the_norm_is_float32_also_where_products_may_be_less(precision: str) -> None:
+    """With TF32 or bfloat16 allowed, every row's norm is the float64 one, rounded once."""
+    made = gaussian(40, 300, 8)
+    want = exact_norm(made.W, made.A, made.B, made.scaling).float()
+    before = torch.get_float32_matmul_precision()
+
+    torch.set_float32_matmul_precision(precision)
+    try:
+        n = weight_norm(made.W, made.A, made.B, scaling=made.scaling)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+    assert torch.equal(n, want)
+    assert not torch.equal(weight_norm(made.W, made.A, made.B, scaling=made.scaling), want)
+
+
 def test_d13_rows_that_the_adapter_moves_by_less_than_a_third_stay_fast() -> None:
     """An adapter below a third of its row's norm costs no float64."""
     case = gaussian(64, 96, 4)
