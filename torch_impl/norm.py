@@ -20,8 +20,8 @@ float64 (`_direct_rows`):
   ``2^-126 (I + 2 R) (1 + |s| + b_i)^2`` with ``b_i = |s| sum_k |B_ik|``; n_i^2 must be 2^24 times that, so that the
   loss is below half an ulp.
 
-So the fast form's range is norms from some 1e-13 (for |s| and b_i near 1 and I in the thousands) to 1e18. Where products
-of float32 may be rounded to TF32 or bfloat16, g is not that of float32, and every row is formed in float64.
+So the fast form's range is norms from some 1e-13 (for |s| and b_i near 1 and I in the thousands) to 1e18. Where float32
+products may be rounded to TF32 or bfloat16, g is not that of float32, and every row is formed in float64.
 """
 
 from collections.abc import Iterator
