@@ -71,6 +71,13 @@ FLAGS = {
         Flag("NibbleSwap", "packs element 0 in the low nibble", "neighbours change places", "ports of NF4", ("Q3",)),
         Flag("Nf4TieUp", "rounds a tie to the upper code", "bytes differ at midpoints", "ports of NF4", ("Q5",)),
         Flag(
+            "BlocksByRow",
+            "begins a block anew with each row",
+            "where blocks run across rows, weights have another block's scale",
+            "bitsandbytes 0.50's CPU decoder with AVX-512",
+            ("Q1", "Q4"),
+        ),
+        Flag(
             "StorageCast",
             "casts packed bytes to another 16-bit dtype on the wire",
             "finite garbage, no warning",

@@ -39,6 +39,7 @@ PLANS = {
     "DropoutOnFactorsOnly": Plan("stack/lattice/torch_impl/none-w1/uneven/float32-float32/dropout", _GRADIENTS),
     "NibbleSwap": Plan("codec and uneven/nf4-float32/plain", (("packed", "weight"), ("decoded", "weight"))),
     "Nf4TieUp": Plan("codec and ties", (("packed", "weight"), ("decoded", "weight"))),
+    "BlocksByRow": Plan("checkpoint/files/torch_impl/none-w1/llama/nf4-float32/written", (("decoded", "weight"),)),
     "StorageCast": Plan("stack/one-hot and fsdp2-w3/uneven/nf4-float32/plain", _GRADIENTS),
     "SumForMean": Plan(_ONE_HOT, _GRADIENTS),
     "ReplicasSummed": Plan("stack/one-hot and hsdp-w4/uneven/float32-float32/plain", _GRADIENTS),

@@ -39,11 +39,11 @@ MANY_BLOCKS = Shape("many-blocks", ((160, 104),), 2, 1.5, 1.0, "260 blocks: a se
 
 LLAMA = Shape(
     "llama",
-    (*((84, 84), (84, 42), (84, 42), (84, 84)), *((84, 200), (84, 200), (200, 84)), *((84, 32), (84, 32))),
+    (*((80, 80), (80, 40), (80, 40), (80, 80)), *((80, 211), (80, 211), (211, 80)), *((80, 32), (80, 32))),
     2,
     1.5,
     1.0,
-    "q, k, v, o, gate, up, down, embedding, head: rows cut blocks, last blocks are short, a second nested block",
+    "q, k, v, o, gate, up, down, embedding, head: rows of 80 and 211 cut blocks, a second nested one, cut short",
 )
 
 SHAPES = (UNEVEN, PADDED, THIN, SINGLE_ROW)

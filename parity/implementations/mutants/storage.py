@@ -1,8 +1,9 @@
-"""Bugs of the 4-bit storage: Q3, Q5, S6."""
+"""Bugs of the 4-bit storage: Q1, Q3, Q5, S6."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from unittest import mock
 
@@ -53,6 +54,27 @@ def _largest(weight: Tensor) -> Tensor:
     return (padded == padded.amax(1, keepdim=True)).flatten()[: len(flat)].view(weight.shape)
 
 
+class BlocksByRow(Mutant):
+    """A block begins anew with each row of an even length."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Decode each row by itself, with the scales from where its own would begin."""
+        decode = quant.decode
+
+        def by_row(stored: Tensor, tensors: dict, packed_format: quant.PackedFormat, *, dtype: torch.dtype) -> Tensor:
+            rows, columns = packed_format.shape
+            if columns % 2:
+                return decode(stored, tensors, packed_format, dtype=dtype)
+            row = dataclasses.replace(packed_format, shape=(1, columns))
+            decoded = [
+                decode(part, tensors | {"absmax": tensors["absmax"][number * (columns // _BLOCK) :]}, row, dtype=dtype)
+                for number, part in enumerate(stored.view(rows, -1))
+            ]
+            return torch.cat(decoded)
+
+        return mock.patch.object(quant, "decode", by_row)
+
+
 class StorageCast(Mutant):
     """FSDP2 casts the bytes, stored as bfloat16, to float16 when it gathers them."""
 
@@ -75,4 +97,4 @@ class StorageCast(Mutant):
             yield
 
 
-STORAGE_MUTANTS = (NibbleSwap, Nf4TieUp, StorageCast)
+STORAGE_MUTANTS = (NibbleSwap, Nf4TieUp, BlocksByRow, StorageCast)
