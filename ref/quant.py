@@ -62,7 +62,8 @@ def decode(packed: UInt8[Array, "..."], state: QuantState, *, dtype: DTypeLike |
     """Q4: the weight that the bytes stand for, `code[q] * absmax` in float32, then one cast to `dtype`.
 
     Bit for bit what bitsandbytes gives on CPU, eager or jitted, wherever each product is 0 or at least 2^-126 in
-    magnitude: XLA on CPU reads and writes smaller numbers as 0.
+    magnitude: XLA on CPU reads and writes smaller numbers as 0. (Where its AVX-512 decoder departs from itself, SPEC.md
+    says how, under Q1 and Q4.)
 
     Args:
         packed: at least ceil(N / 2) bytes, in any shape; more are the storage's filler (Q3).
