@@ -66,9 +66,13 @@ class LlamaConfig:
         """Read config.json, of transformers 4 or 5.
 
         Raises:
-            CheckpointMismatch: another family, activation or kind of rotary position, or a size that is missing.
+            CheckpointMismatch: no file that can be read; another family, activation or kind of rotary position, or a
+                size that is missing.
         """
-        found = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as problem:
+            raise CheckpointMismatch(f"{path}: {problem}", hint="give a Hugging Face model's directory") from problem
         _require_known(found, path)
         rope = {"rope_theta": found.get("rope_theta", 10000.0), "rope_type": "default"}
         rope |= found.get("rope_parameters") or found.get("rope_scaling") or {}
@@ -183,7 +187,7 @@ def read_checkpoint(directory: Path, *, dtype: DTypeLike, layers: int | None = N
             says; a file that cannot be read; more layers than there are. Nothing has been loaded then.
         InputError: float64 without jax_enable_x64.
     """
-    config = LlamaConfig.from_json(directory / "config.json")
+    config = LlamaConfig.from_json(Path(directory) / "config.json")
     kept = kept_layers(config, layers)
     if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         raise InputError(f"{dtype} is not to be had", hint="set jax_enable_x64")

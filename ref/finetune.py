@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ref import dora, layers, quant_fast
 from ref.checkpoint import Parameters
-from ref.types import Adapter, PackedWeight
+from ref.types import Adapter, InputError, PackedWeight
 
 Tree = TypeVar("Tree")
 
@@ -88,7 +88,12 @@ def cut(tree: Tree, mesh: Mesh) -> Tree:
     Args:
         tree: parameters, adapters stacked along L, or an optimizer's state for them.
         mesh: with an axis `shard`, as `mesh.make_mesh` makes it.
+
+    Raises:
+        InputError: a mesh without that axis.
     """
+    if "shard" not in mesh.shape:
+        raise InputError(f"the mesh's axes are {', '.join(mesh.axis_names)}", hint="make it by mesh.make_mesh(shard=N)")
     if isinstance(tree, Parameters):
         head = None if tree.head is None else _placed(tree.head, mesh, dim=0)
         embedding, norm = _placed(tree.embedding, mesh, dim=0), _placed(tree.norm, mesh, dim=None)

@@ -44,7 +44,7 @@ def loss(
     weights_BS: Float[Array, "B S"] | None = None,
     total: float | int | None = None,  # noqa: PYI041 - checked at run time, where an int is no float
     adapters: Mapping[str, Adapter] | None = None,
-    scaling: float = 1.0,
+    scaling: float | None = None,
 ) -> Float[Array, ""]:
     """T1: the cross entropy of each position's target, weighted, summed and divided by `total`.
 
@@ -78,7 +78,7 @@ def logits(
     config: LlamaConfig,
     *,
     adapters: Mapping[str, Adapter] | None = None,
-    scaling: float = 1.0,
+    scaling: float | None = None,
     inverse_frequencies_F: Float[Array, " F"] | None = None,
 ) -> Float[Array, "B S V"]:
     """The decoder's scores for the token that follows each position.
@@ -90,18 +90,20 @@ def logits(
         adapters: by the layer's Hugging Face name ("model.layers.0.self_attn.q_proj"); a linear layer that has one is
             a DoRA layer (D2 to D8). A projection has one in every layer or in none, all of one rank. Or by the name
             inside a layer ("mlp.up_proj"), stacked along L already, as `finetune.initial_adapters` gives them.
-        scaling: D1, of all adapters.
+        scaling: D1, of all adapters; has to be given where they are.
         inverse_frequencies_F: in place of `inverse_frequencies(config)`.
 
     Raises:
-        InputError: an adapter's name is no linear layer, or only some layers of a projection have one.
+        InputError: an adapter's name is no linear layer, or only some layers of a projection have one; no scaling.
     """
+    if adapters and scaling is None:
+        raise InputError("adapters without their scaling", hint="give scaling=dora.scaling(alpha, rank) (D1)")
     frequencies_F = jnp.asarray(inverse_frequencies(config)) if inverse_frequencies_F is None else inverse_frequencies_F
     rotation = _rotation(tokens_BS.shape[1], frequencies_F, parameters.norm.dtype)
     stacked = _stacked_adapters(adapters or {}, parameters)
 
     def block(h_BSD: Array, slices: tuple[dict[str, Any], dict[str, Adapter]]) -> tuple[Array, None]:
-        layer = _Layer(*slices, scaling=scaling, config=config)
+        layer = _Layer(*slices, scaling=0.0 if scaling is None else scaling, config=config)
         return layer.feed_forward(layer.attention(h_BSD, rotation)), None
 
     h_BSD = parameters.embedding[tokens_BS]

@@ -38,9 +38,11 @@ def make_mesh(*, replicate: int = 1, shard: int = 1, tensor: int = 1) -> Mesh:
     """S9, S10: a mesh of the three axes, `tensor` the innermost, as its ranks talk most.
 
     Raises:
-        InputError: where there are fewer devices than ranks.
+        InputError: where there are fewer devices than ranks, or an axis has no rank.
     """
     count, devices = replicate * shard * tensor, jax.devices()
+    if min(replicate, shard, tensor) < 1:
+        raise InputError(f"replicate {replicate}, shard {shard}, tensor {tensor}", hint="give each axis 1 or more")
     if len(devices) < count:
         raise InputError(
             f"{count} ranks want as many devices, and there are {len(devices)}",

@@ -37,7 +37,12 @@ def token_mean_loss(losses_T: Float[Array, " T"], *, total_tokens: int, world_si
         L_k = world * sum_t loss_kt / N,        mean_k L_k = sum_kt loss_kt / N
 
     `total_tokens` is N, counted over all ranks: ranks with unequal token counts then weigh as much as they hold.
+
+    Raises:
+        InputError: no token at all, which has no mean.
     """
+    if total_tokens < 1:
+        raise InputError(f"total_tokens {total_tokens}", hint="count the tokens of all ranks; skip a step without any")
     return world_size * jnp.sum(losses_T) / total_tokens
 
 
@@ -135,7 +140,12 @@ def clip(gradients: Tree, *, max_norm: float, norm: Float[Array, ""] | None = No
         gradients: all of them, or one rank's shards.
         max_norm: the length that is left as it is.
         norm: over all shards of all ranks, where `gradients` are but some; that of `gradients` if not given.
+
+    Raises:
+        InputError: a `max_norm` below 0, which would turn every gradient round.
     """
+    if max_norm < 0:
+        raise InputError(f"max_norm {max_norm}", hint="give a length, 0 or more")
     norm = gradient_norm(gradients) if norm is None else norm
     coefficient = clip_coefficient(norm, max_norm=max_norm)
 

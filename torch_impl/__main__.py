@@ -1,6 +1,7 @@
 """The command line: `python -m torch_impl train|preflight|merge|export`, under torchrun for more than one process.
 
-Exit status: 0 done (SIGTERM included, once saved), 1 it fell short, 2 it can't run as asked, 3 a watchdog ended it.
+Exit status: 0 done (SIGTERM and Ctrl-C included, once saved), 1 it fell short, 2 it can't run as asked, 3 a watchdog
+ended it, 130 interrupted twice.
 """
 
 import io
@@ -42,6 +43,9 @@ def _train(words: list[str]) -> int:
     from torch_impl.train import train  # noqa: PLC0415
 
     place = job.seat()
+    if place.world_size > 1 and not place.launched:
+        sys.stderr.write(f"error: WORLD_SIZE is {place.world_size}, but torchrun didn't start this: use it\n")
+        return 2
     try:
         given, words = _config(words)
         defaults = from_file(given) if given else {}
@@ -54,8 +58,12 @@ def _train(words: list[str]) -> int:
         return job.after_rank_0(place, 2)
     except SystemExit as done:
         return job.after_rank_0(place, 0 if done.code is None else int(done.code))
-    with job.one_line(place), job.joined(place, phase_timeout=options.phase_timeout) as phases:
-        train(options, phases, restarted=place.restart > 0)
+    try:
+        with job.one_line(place), job.joined(place, phase_timeout=options.phase_timeout) as phases:
+            train(options, phases, restarted=place.restart > 0)
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted twice; --resume goes on from the last checkpoint\n")
+        return 130
     return 0
 
 

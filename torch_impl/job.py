@@ -19,7 +19,7 @@ import torch
 from torch import distributed
 
 from torch_impl.errors import DoraError, PeerLostError
-from torch_impl.phases import Phases
+from torch_impl.phases import STOPS, Phases
 from torch_impl.recorder import Recorder
 
 _PR_SET_PDEATHSIG = 1
@@ -86,7 +86,7 @@ def joined(place: Seat, *, phase_timeout: float) -> Iterator[Phases]:
     try:
         if place.launched:
             _end_with_parent()
-        with _stopping_on_sigterm(phases):
+        with _stopping_when_asked(phases, launched=place.launched):
             phases.watch()
             _join(place, phases)
             yield phases
@@ -106,18 +106,21 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _stopping_on_sigterm(phases: Phases) -> Iterator[None]:
-    """SIGTERM only asks: the loop saves and ends at its next step.
+def _stopping_when_asked(phases: Phases, *, launched: bool) -> Iterator[None]:
+    """SIGTERM and Ctrl-C only ask: the loop saves and ends at its next step. A lone process obeys a second Ctrl-C.
 
     A rank that waits in a collective runs no handler, so the watchdog hears of the signal through a pipe.
     """
 
-    def ask(*_: object) -> None:
+    def ask(number: int, _: object) -> None:
+        if number == signal.SIGINT and phases.stop_requested_at and not launched:  # torchrun passes on a first one
+            raise KeyboardInterrupt
         phases.stop_requested_at = phases.stop_requested_at or time.monotonic()
 
     reads, writes = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     phases.signals = reads
-    signal.signal(signal.SIGTERM, ask)
+    for number in STOPS:
+        signal.signal(number, ask)
     signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
     try:
         yield

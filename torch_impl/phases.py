@@ -24,6 +24,8 @@ EXPIRED = 3
 """Exit status of a run that a watchdog ended."""
 GRACE = 24.0
 """Seconds from SIGTERM until a rank that hasn't stopped is ended: torchrun kills after 30, and answers take some."""
+STOPS = (signal.SIGTERM, signal.SIGINT)
+"""Signals that ask a run to save and end."""
 _START = "start"
 _ANSWER_SECONDS = 4.0
 _POLL_SECONDS = 0.5
@@ -109,16 +111,16 @@ class Phases:
             if stopping is not None and self._name == _START:
                 self._leave()
             if stopping is not None and time.monotonic() - stopping > GRACE:
-                self._end(f"not stopped {GRACE:.0f} s after SIGTERM")
+                self._end(f"not stopped {GRACE:.0f} s after it was asked to")
             if time.monotonic() - self._since > self.limit:
                 self._end(f"past --phase-timeout {self.limit:g} s")
             if self._others_expired():
                 self._end("ended because another rank's phase is past its limit", noticed=False)
 
     def _hear(self) -> None:
-        """Whether SIGTERM has come since the last time."""
+        """Whether one of them has come since the last time."""
         with suppress(BlockingIOError):
-            if self.signals is not None and signal.SIGTERM in os.read(self.signals, 64):
+            if self.signals is not None and set(STOPS) & set(os.read(self.signals, 64)):
                 self.stop_requested_at = self.stop_requested_at or time.monotonic()
 
     def _leave(self) -> None:

@@ -11,7 +11,7 @@ from jax import Array
 
 from ref import checkpoint, finetune, llama, mesh, quant, quant_fast, training
 from ref.checkpoint import Parameters
-from ref.types import Adapter, PackedWeight
+from ref.types import Adapter, InputError, PackedWeight
 
 EQUAL = 1e-9
 """Float64 on both sides, sums in different orders: some 1e4 u, and more room still."""
@@ -191,3 +191,19 @@ def test_s1_what_does_not_divide_stays_whole() -> None:
 
     assert {shard.data.shape for shard in placed["a"].addressable_shards} == {(2, 5, 3)}
     assert {shard.data.shape for shard in placed["b"].addressable_shards} == {(8,)}
+
+
+def test_a_mesh_that_is_not_ours_is_refused() -> None:
+    """Its axes are named, and how to make one."""
+    other = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+
+    with pytest.raises(InputError, match=r"axes are data; make it by mesh.make_mesh"):
+        finetune.cut(jnp.ones((4, 4)), other)
+    with pytest.raises(InputError, match="shard 0"):
+        mesh.make_mesh(shard=0)
+
+
+def test_adapters_want_their_scaling() -> None:
+    """1 is not taken for it in silence (D1)."""
+    with pytest.raises(InputError, match="without their scaling"):
+        llama.logits(packed(), TOKENS[:, :-1], CONFIG, adapters=adapters())

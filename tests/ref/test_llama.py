@@ -333,7 +333,9 @@ def test_adapters_that_fit_no_stack_are_refused(tmp_path, names, said):
     adapter = Adapter(jnp.zeros((2, 24)), jnp.zeros((40, 2)), jnp.ones(40))
 
     with pytest.raises(InputError, match=said):
-        llama.logits(parameters, jnp.zeros((1, 2), jnp.int32), config, adapters=dict.fromkeys(names, adapter))
+        llama.logits(
+            parameters, jnp.zeros((1, 2), jnp.int32), config, adapters=dict.fromkeys(names, adapter), scaling=1.0
+        )
 
 
 def test_a_bf16_checkpoint_is_read_to_the_bit(tmp_path):
@@ -411,3 +413,13 @@ def test_more_layers_than_there_are_is_refused(tmp_path):
 
     with pytest.raises(checkpoint.CheckpointMismatch, match="4 layers of 3"):
         checkpoint.read_checkpoint(tmp_path, dtype="float64", layers=4)
+
+
+@pytest.mark.parametrize("text", [None, "{", "[1]"], ids=["no file", "no JSON", "no object"])
+def test_a_directory_without_a_configuration_is_refused(tmp_path, text):
+    """By the file's name, with what to give."""
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+
+    with pytest.raises(checkpoint.CheckpointMismatch, match=r"config.json: .*; give a Hugging Face model"):
+        checkpoint.read_checkpoint(tmp_path, dtype="float32")

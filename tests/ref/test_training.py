@@ -263,3 +263,17 @@ def test_t5_reducing_once_is_reducing_each_time() -> None:
     each = training.accumulated(lambda pair: training.reduced(pair, Precision()), zip(*by_rank, strict=True))
 
     assert [leaf.tolist() for leaf in leaves(once)] == [leaf.tolist() for leaf in leaves(each)]
+
+
+@pytest.mark.parametrize(
+    ("refused", "said"),
+    [
+        (lambda: training.clip({"a": jnp.ones(2)}, max_norm=-1.0), "max_norm -1.0"),
+        (lambda: training.token_mean_loss(jnp.ones(2), total_tokens=0), "total_tokens 0"),
+    ],
+    ids=["negative length", "no tokens"],
+)
+def test_what_would_turn_or_blow_up_a_gradient_is_refused(refused, said):
+    """Neither would raise by itself."""
+    with pytest.raises(InputError, match=said):
+        refused()

@@ -128,15 +128,18 @@ def test_sigterm_with_a_stopped_rank_names_it(tmp_path: Path, words: Callable[..
     text = "\n".join(ending.lines)
     assert ending.seconds < 33
     assert ending.orphans == []
-    assert "after SIGTERM" in text
+    assert "after it was asked to" in text
     assert "torch_impl/train.py" in text
     assert ending.lines[-1].startswith(f"rank 1 (pid {ending.victim} on ")
 
 
 @pytest.mark.parametrize("world", [0, 2], ids=["one-process", "torchrun"])
-def test_sigterm_saves_and_ends_in_order(tmp_path: Path, words: Callable[..., list[str]], world: int) -> None:
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_being_asked_to_stop_saves_and_ends_in_order(
+    tmp_path: Path, words: Callable[..., list[str]], asked: signal.Signals, world: int
+) -> None:
     """The step under way is finished and saved, with the adapter; no rank fails."""
-    ending = watch(words(), until="step 7/", act=signal_launcher(signal.SIGTERM))(tmp_path / "log", world=world)
+    ending = watch(words(), until="step 7/", act=signal_launcher(asked))(tmp_path / "log", world=world)
 
     assert ending.seconds < 30
     assert ending.orphans == []
@@ -148,6 +151,17 @@ def test_sigterm_saves_and_ends_in_order(tmp_path: Path, words: Callable[..., li
     place = checkpoint_files.newest(tmp_path / "out" / "checkpoints")
     assert place is not None
     assert checkpoint.read_state(place)[1].step >= 7
+
+
+def test_a_rank_without_a_launcher_does_not_train_alone(words: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Told that there are two ranks, it neither waits nor takes their mean for its own."""
+    told = os.environ | {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+
+    done = subprocess.run(command(words(), world=0), env=told, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603 - ours
+
+    assert done.returncode == 2
+    assert done.stderr == "error: WORLD_SIZE is 2, but torchrun didn't start this: use it\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_restarted_ranks_end_with_the_bits_of_an_undisturbed_run(
