@@ -98,7 +98,7 @@ def kill_in_the_load(rank: int) -> Callable[[int, dict[int, int]], int]:
     def act(_: int, ranks: dict[int, int]) -> int:
         watched = psutil.Process(ranks[rank])
         deadline = time.monotonic() + 60
-        while not any(file.path.endswith(".safetensors") for file in watched.open_files()):
+        while not any(file.path.endswith("/model.safetensors") for file in watched.open_files()):
             assert time.monotonic() < deadline, "no load was caught under way"
         os.kill(ranks[rank], signal.SIGKILL)
         return ranks[rank]

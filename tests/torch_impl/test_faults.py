@@ -73,7 +73,7 @@ def test_a_killed_rank_ends_the_job_and_is_named_last(
     moment = MOMENTS[name]
     if name == "load":
         shutil.rmtree(tmp_path / "model")
-        write_model(tmp_path / "model", hidden=768)  # what takes a while to read and pack
+        write_model(tmp_path / "model", hidden=1152)  # what takes a while to read and pack
     act = moment.act(rank, tmp_path / "out" / "checkpoints")
     ending = watch(words("--save-every", "1" if name == "save" else "5"), until=moment.until, act=act)(
         tmp_path / "log", world=2
