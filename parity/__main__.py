@@ -1,6 +1,6 @@
 """`python -m parity` is `dora-parity`."""
 
-from parity.cli import main
+from parity.commands.cli import main
 
 if __name__ == "__main__":
     main()

@@ -16,19 +16,20 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from parity.ahead import Ahead
 from parity.case import UNSHARDED, Case
-from parity.check import Check, check_shard
-from parity.coverage import HeldBy, check_layout, copies_of, frozen_gradients, layout_question, missing_elements
+from parity.checks.coverage import HeldBy, check_layout, copies_of, frozen_gradients, layout_question, missing_elements
+from parity.checks.expectation import Expectations, from_oracle, from_twin
+from parity.checks.refusal import check_refusal
+from parity.checks.shard_check import Check, check_shard
 from parity.errors import CaseFailed
-from parity.expectation import Expectations, from_oracle, from_twin
 from parity.implementations.registry import FILES, JAX_IMPLEMENTATIONS
+from parity.job import Job, RankAnswer
 from parity.oracle.prediction import Predictions
-from parity.oracle.process import Offsets, Oracle
-from parity.ranks import Job, Pools, RankAnswer
-from parity.refusal import check_refusal
-from parity.results import CaseResult
+from parity.report.results import CaseResult
 from parity.shard import Shard
+from parity.workers.jax_process import Offsets, Oracle
+from parity.workers.lookahead import Ahead
+from parity.workers.torch_ranks import Pools
 
 Assignment = tuple[Case, str]
 """A case and the implementation that runs it."""

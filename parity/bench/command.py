@@ -9,9 +9,9 @@ from rich.table import Table
 from parity.bench.groups import GROUPS, measure
 from parity.bench.measure import Row
 from parity.bench.picture import draw
-from parity.environment import describe
 from parity.errors import CannotRun, NoCaseMatches
-from parity.results import write_json
+from parity.report.environment import describe
+from parity.report.results import write_json
 
 SCHEMA = 1
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from parity.bench.measure import Row, compare, take_turns
-from parity.pretrained import locate, token_ids
+from parity.models.pretrained import locate, token_ids
 from ref import checkpoint, finetune, llama, mesh, training
 from torch_impl import DoraConfig
 from torch_impl.materialize import materialize

@@ -10,7 +10,7 @@ import torch
 from parity.bench.groups import end_with_parent
 from parity.bench.measure import Row
 from parity.bench.network import TOKENS, ours, step
-from parity.pretrained import locate, token_ids
+from parity.models.pretrained import locate, token_ids
 from torch_impl.optim import host_memory
 
 SECONDS = 300

@@ -10,7 +10,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from parity.bench.measure import Row, compare, take_turns
-from parity.pretrained import locate, token_ids
+from parity.models.pretrained import locate, token_ids
 from torch_impl import DoraConfig
 from torch_impl.materialize import materialize
 

@@ -7,7 +7,7 @@ import torch
 
 from parity.bench.measure import Row, compare, take_turns
 from parity.bench.network import RANK, in_four_bits
-from parity.pretrained import locate
+from parity.models.pretrained import locate
 from torch_impl import DoraConfig, apply_dora
 from torch_impl.materialize import materialize
 

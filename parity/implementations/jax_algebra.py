@@ -12,8 +12,8 @@ from jax import Array
 
 from parity.case import Case
 from parity.inputs import stack_inputs
+from parity.job import Place
 from parity.oracle.stack import FACTORS, stack_arrays
-from parity.ranks import Place
 from parity.shard import Shard, whole_index
 from ref import dora
 from ref.gradients import closed_form, complex_step, surrogate

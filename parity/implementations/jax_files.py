@@ -14,8 +14,8 @@ import numpy as np
 from parity.case import Case
 from parity.inputs import stack_inputs
 from parity.inputs.llama import LEFT, LINEARS
+from parity.job import Place
 from parity.oracle.stack import FACTORS
-from parity.ranks import Place
 from parity.shard import Shard, whole_index
 from ref import codebooks, quant, state
 from ref.adapter_files import AdapterConfig, read_adapter, write_adapter

@@ -15,8 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from parity.case import UNSHARDED, Case
 from parity.implementations.jax_sharded import JaxSharded, padded_batches, stack_layers
+from parity.job import Place
 from parity.oracle.stack import FACTORS
-from parity.ranks import Place
 from parity.shard import Shard
 from ref import mesh, training
 from ref.tensor_parallel import Cut

@@ -13,9 +13,9 @@ import numpy as np
 
 from parity.case import UNSHARDED, Case
 from parity.inputs import batches, stack_inputs
+from parity.job import Place
 from parity.oracle.stack import FACTORS, gradients
 from parity.oracle.weights import weight_used
-from parity.ranks import Place
 from parity.shard import Shard, whole_index
 from ref import dora, fsdp, layouts, training
 from ref.types import Adapter, Layer

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from parity.case import Case
-from parity.ranks import Place
+from parity.job import Place
 from parity.shard import Shard
 
 

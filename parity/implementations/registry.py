@@ -8,9 +8,9 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from parity.bugs.plans import PLANS
 from parity.errors import UnknownImplementation
 from parity.implementations.protocol import Implementation
-from parity.mutants import PLANS
 
 TORCH_IMPLEMENTATIONS = {
     "torch_impl": "parity.implementations.torch_dora:TorchDora",

@@ -12,7 +12,7 @@ from parity.case import UNSHARDED, Case
 from parity.implementations.torch_files import whole
 from parity.implementations.torch_stack import DTYPES, shards_now
 from parity.inputs.llama import llama_sizes, llama_weights
-from parity.ranks import Place
+from parity.job import Place
 from parity.shard import Shard
 from torch_impl import DoraConfig, DoraLinear
 from torch_impl.materialize import materialize

@@ -9,7 +9,7 @@ import torch
 from parity.case import Case
 from parity.implementations.torch_stack import DTYPES, to_numpy
 from parity.inputs import stack_inputs
-from parity.ranks import Place
+from parity.job import Place
 from parity.shard import Shard, whole_index
 from torch_impl import QuantConfig
 from torch_impl.quant import decode, quantize

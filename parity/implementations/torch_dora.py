@@ -15,7 +15,7 @@ from parity.implementations.torch_files import KNOWN, meet, merged_shards, read_
 from parity.implementations.torch_network import build_network, network_losses, offset_shards
 from parity.implementations.torch_stack import DTYPES, Stack, TorchStack, shards_now, train
 from parity.inputs import stack_inputs
-from parity.ranks import Place
+from parity.job import Place
 from parity.shard import Shard
 from torch_impl import DoraConfig, DoraLinear, ShardConfig, apply_dora, save_adapter, shard_model
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from parity.case import Case
 from parity.implementations.torch_stack import to_numpy
 from parity.inputs.network import adapter_factors, predicted_tokens, sequences, starting_magnitude
-from parity.ranks import Place
+from parity.job import Place
 from parity.shard import Shard
 from torch_impl import DoraConfig, DoraLinear, PackedBase, apply_dora
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from parity.case import UNSHARDED, Case
 from parity.implementations.torch_training import backward, clip_gradients, optimizer_for, recomputed, resumed
 from parity.inputs import masks, parts, stack_inputs
-from parity.ranks import Place
+from parity.job import Place
 from parity.shard import Shard
 from torch_impl import local_shards
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from parity.case import Case
 from parity.inputs.deal import deal_tokens
-from parity.pretrained import token_ids
+from parity.models.pretrained import token_ids
 
 MAGNITUDE_PATTERN = np.array([1.0, 1.125, 0.875, 1.0625], dtype=np.float32)
 """Row i's magnitude starts at its norm times entry i mod 4; one rounding in float32."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parity.layout import LayoutQuestion, Layouts
+from parity.oracle.prediction import LayoutQuestion, Layouts
 from parity.shard import Index
 from ref import layouts as rules
 from ref.model_layouts import ALIGNED_BYTES

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from parity.shard import Index
+
 Key = tuple[int, str, str]
 """(step, kind, tensor name)."""
 
@@ -26,3 +28,19 @@ class Prediction:
 
 
 Predictions = dict[Key, Prediction]
+
+
+@dataclass(frozen=True)
+class LayoutQuestion:
+    """Where should these parameters lie?"""
+
+    strategy: str
+    world: int
+    copies: int
+    """How many ranks hold the same part: those that are a whole number of shards apart (S9)."""
+    members: tuple[tuple[str, tuple[int, ...], int], ...]
+    """(name, global shape, item size) of each parameter, in registration order."""
+
+
+Layouts = dict[tuple[str, int], Index]
+"""(name, rank) to the part that the rank holds."""

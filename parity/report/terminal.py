@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from parity.check import Check
-from parity.environment import deviations
-from parity.results import CaseResult, Results, worst_of
+from parity.checks.shard_check import Check
+from parity.report.environment import deviations
+from parity.report.results import CaseResult, Results, worst_of
 from parity.shard import describe_index
 
 LINK_WORDS = {

@@ -6,13 +6,13 @@ from importlib.resources import files
 
 import pytest
 
+from parity.bugs.known import FLAGS
+from parity.bugs.plans import PLANS
 from parity.case import LINKS
 from parity.cases import TIERS, cases_of
-from parity.chosen import choose
-from parity.cli import Selection
-from parity.flags import FLAGS
-from parity.mutants import PLANS
-from parity.selection import compile_expression
+from parity.commands.choose import choose
+from parity.commands.expression import compile_expression
+from parity.commands.options import Selection
 
 SPECIFIED, _, _ = files("ref").joinpath("SPEC.md").read_text(encoding="utf-8").partition("\n## Later")
 CLAUSES = re.findall(r"^### (\S+)", SPECIFIED, flags=re.MULTILINE)

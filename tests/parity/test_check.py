@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from parity.check import Expected, check_shard
+from parity.checks.shard_check import Expected, check_shard
 from parity.shard import Shard, whole_index
 
 LIMIT = 0.125

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from parity import checkpoint
+from parity.models import checkpoint
 
 CONFIGURATION = {
     "model_type": "llama",

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from parity.cases import cases_of
-from parity.check import Expected
-from parity.coverage import check_layout, copies_of, frozen_gradients, layout_question, missing_elements
+from parity.checks.coverage import check_layout, copies_of, frozen_gradients, layout_question, missing_elements
+from parity.checks.shard_check import Expected
 from parity.shard import Shard, whole_index
 
 NAME = "layers.0.lora_B"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from parity.environment import RECORDED, describe, deviations
+from parity.report.environment import RECORDED, describe, deviations
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 

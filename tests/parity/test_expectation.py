@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from parity.case import Case
+from parity.checks.expectation import from_oracle, from_twin, owed, required
 from parity.errors import CaseFailed
-from parity.expectation import from_oracle, from_twin, owed, required
 from parity.oracle.prediction import Prediction
 from parity.shard import Shard, whole_index
 

@@ -11,14 +11,15 @@ import pytest
 ROOM = Path(str(files("parity")))
 FRAMEWORKS = {"torch", "jax", "jaxlib", "flax", "optax", "bitsandbytes", "transformers", "peft", "ref", "torch_impl"}
 """The frameworks, and the rooms that load them."""
-MAY_LOAD = ("oracle", "implementations", "ranks.py", "bench")
+MAY_LOAD = ("oracle/", "implementations/", "workers/torch_ranks.py", "workers/jax_process.py", "bench/")
 CORE = sorted(
-    str(path.relative_to(ROOM)) for path in ROOM.rglob("*.py") if path.relative_to(ROOM).parts[0] not in MAY_LOAD
+    str(path.relative_to(ROOM)) for path in ROOM.rglob("*.py") if not str(path.relative_to(ROOM)).startswith(MAY_LOAD)
 )
 WITHOUT_FRAMEWORK = ("implementations/registry.py", "implementations/protocol.py", "oracle/prediction.py")
 """Files of those folders that the core reads itself."""
 JAX_ONLY = (
     "oracle",
+    "workers/jax_process.py",
     "implementations/jax_algebra.py",
     "implementations/jax_files.py",
     "implementations/jax_mesh.py",
@@ -45,7 +46,7 @@ def test_the_core_imports_no_framework(path):
 
 RANK_SIDE = sorted(
     str(path.relative_to(ROOM))
-    for path in [*ROOM.glob("implementations/**/*.py"), ROOM / "ranks.py"]
+    for path in [*ROOM.glob("implementations/**/*.py"), ROOM / "workers/torch_ranks.py"]
     if str(path.relative_to(ROOM)) not in JAX_ONLY
 )
 
@@ -69,7 +70,7 @@ def test_the_oracle_imports_no_torch(path):
 
 def test_the_pipeline_loads_no_framework():
     """Importing all that the parent process runs loads neither torch nor jax, by whatever way."""
-    code = "import sys, parity.run, parity.controls, parity.report.case_view; print(*sys.modules)"
+    code = "import sys, parity.commands.run, parity.commands.mutants, parity.report.case_view; print(*sys.modules)"
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603 - ours
 

@@ -47,7 +47,7 @@ def test_drawing_again_gives_the_same(case):
 def test_another_process_draws_the_same():
     """Numbers depend on no address and no hash seed of the process."""
     code = (
-        "import sys, zlib; from parity.chosen import find; from parity.inputs import stack_inputs;"
+        "import sys, zlib; from parity.commands.choose import find; from parity.inputs import stack_inputs;"
         "print(zlib.crc32(b''.join(a.tobytes() for a in stack_inputs(find(sys.argv[1], 'quick')).values())))"
     )
     command = [sys.executable, "-c", code, GAUSSIAN.id]

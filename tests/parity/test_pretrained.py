@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from parity import checkpoint, pretrained
-from parity.checkpoint import CheckpointError, check
-from parity.pretrained import PretrainedUnavailable, locate, real_text, token_ids
+from parity.models import checkpoint, pretrained
+from parity.models.checkpoint import CheckpointError, check
+from parity.models.pretrained import PretrainedUnavailable, locate, real_text, token_ids
 
 CONFIGURATION = {
     "model_type": "llama",
@@ -239,7 +239,7 @@ def test_another_wheel_is_refused(tmp_path, monkeypatch):
 def test_looking_up_the_model_loads_no_framework():
     """A second call of the command line stays quick: neither torch, jax nor transformers is imported."""
     heavy = "{'torch', 'jax', 'transformers', 'tokenizers'}"
-    code = f"import sys, parity.pretrained; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, parity.models.pretrained; print(sorted({heavy} & set(sys.modules)))"
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603 - ours
 

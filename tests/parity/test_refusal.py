@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from parity.cases import cases_of
+from parity.checks.refusal import NAMED, check_refusal
 from parity.implementations.registry import resolve
-from parity.refusal import NAMED, check_refusal, what_is_said
+from parity.workers.refusing import what_is_said
 
 CASES = [case for case in cases_of("quick") if case.task == "refuse"]
 CASE = next(case for case in CASES if case.bad == "nan-weight")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from parity.case import Case
-from parity.check import Check, Evidence
-from parity.environment import describe
-from parity.results import CaseResult, Results, worst_of, write_json
+from parity.checks.shard_check import Check, Evidence
+from parity.report.environment import describe
+from parity.report.results import CaseResult, Results, worst_of, write_json
 
 CASE = Case(link="shards", model="stack", proof="bound", shape_name="tiny", clauses=("D1", "S3"))
 CHECK = Check(

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import pytest
 
 from parity.case import Case
-from parity.chosen import choose, find
+from parity.commands.choose import choose, find
+from parity.commands.expression import compile_expression
 from parity.errors import BadExpression, CannotRun, NoCaseMatches, WorldNotInTier
-from parity.selection import compile_expression
 
 CASE = Case(
     link="shards",

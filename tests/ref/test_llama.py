@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch.nn import functional
 
-from parity.pretrained import PretrainedUnavailable, locate, token_ids
+from parity.models.pretrained import PretrainedUnavailable, locate, token_ids
 from ref import checkpoint, dora, llama
 from ref.types import Adapter, InputError
 

@@ -23,9 +23,9 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, logging
 
+from parity.models.pretrained import token_ids
 from parity.oracle.sensitivity import noisy
 from parity.oracle.weights import offset_and_bound
-from parity.pretrained import token_ids
 from ref import checkpoint, finetune, llama, mesh, quant, quant_fast, training
 from ref.adapter_files import read_adapter
 from ref.checkpoint import LlamaConfig, Parameters

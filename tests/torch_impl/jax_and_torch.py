@@ -31,8 +31,8 @@ import fine_tunes
 from fine_tunes import Plan, Trace
 
 from parity.implementations.mutants.layer import NormNotDetached
+from parity.models.pretrained import locate
 from parity.oracle.sensitivity import FACTOR, skip_reason
-from parity.pretrained import locate
 from torch_impl import save_adapter
 
 

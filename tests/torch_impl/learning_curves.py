@@ -162,7 +162,7 @@ def table(runs: Mapping[tuple[str, str], Run]) -> Iterator[str]:
 def main(options: Options) -> int:
     """Train, compare, draw; 1 where something falls short."""
     if options.model is None:
-        from parity.pretrained import locate  # noqa: PLC0415 - only where its model is wanted
+        from parity.models.pretrained import locate  # noqa: PLC0415 - only where its model is wanted
 
         options = Options(**(vars(options) | {"model": locate(None)}))
     with tempfile.TemporaryDirectory() as scratch:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from parity.pretrained import PretrainedUnavailable, locate
+from parity.models.pretrained import PretrainedUnavailable, locate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 from parity.case import UNSHARDED, Case
 from parity.implementations.torch_dora import TorchDora
-from parity.ranks import Place
+from parity.job import Place
 from parity.shard import Shard
 
 

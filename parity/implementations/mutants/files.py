@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from parity.case import Case
 from parity.implementations import torch_files
 from parity.implementations.mutants.base import Mutant
-from parity.ranks import Place
+from parity.job import Place
 from torch_impl import DoraLinear, LocalShard, adapter_files, load_adapter
 
 

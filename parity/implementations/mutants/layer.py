@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from parity.case import Case
 from parity.implementations.mutants.base import Mutant
-from parity.ranks import Place
+from parity.job import Place
 from torch_impl import inject, layers
 
 _right_norm: Callable[..., Tensor] = layers.weight_norm

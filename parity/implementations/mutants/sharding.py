@@ -20,7 +20,7 @@ from torch.distributed.fsdp import (
 from parity.case import Case
 from parity.implementations import torch_stack
 from parity.implementations.mutants.base import Mutant, is_sharded
-from parity.ranks import Place
+from parity.job import Place
 from torch_impl import LocalShard, layers, local_shards, sharding
 
 _ADAPTER = ("lora_A", "lora_B", "magnitude")

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from parity.case import Case
 from parity.implementations.mutants.base import Mutant
-from parity.ranks import Place
+from parity.job import Place
 from torch_impl import layers, quant, sharding
 
 _BLOCK = 64

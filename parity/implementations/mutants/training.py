@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from parity.case import Case
 from parity.implementations import torch_stack, torch_training
 from parity.implementations.mutants.base import Mutant
-from parity.ranks import Place
+from parity.job import Place
 from torch_impl import accumulation, checkpoint, layers, optim, sharding
 
 

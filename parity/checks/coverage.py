@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from parity.case import Case
-from parity.check import Check
-from parity.expectation import Expectations, is_frozen, required
-from parity.layout import LayoutQuestion, Layouts
-from parity.oracle.prediction import Key
+from parity.checks.expectation import Expectations, is_frozen, required
+from parity.checks.shard_check import Check
+from parity.oracle.prediction import Key, LayoutQuestion, Layouts
 from parity.shard import Shard, describe_index
 
 EVERYWHERE = ("offset",)

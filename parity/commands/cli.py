@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 from tyro.extras import SubcommandApp
 
+from parity.commands.options import CANNOT_RUN, HOLDS, INTERRUPTED, RunOptions, Selection
 from parity.errors import CannotRun
 
 app = SubcommandApp()
@@ -31,38 +31,6 @@ Examples:
   dora-parity bench --json bench.json               what it costs, beside LoRA, peft and bitsandbytes
 """
 
-HOLDS, FELL_SHORT, CANNOT_RUN, INTERRUPTED = 0, 1, 2, 130
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which cases are meant."""
-
-    tier: Annotated[str, arg(metavar="{quick,full}")] = "quick"
-    """quick: two blocks of the pretrained network; full: all thirty besides, more shapes, world 8."""
-    keep: Annotated[str, arg(name="keep", aliases=["-k"], metavar="EXPR")] = ""
-    """Only cases that match: parts of identifiers, clauses or links, joined by and, or, not, ( )."""
-    world: Annotated[str, arg(metavar="N[,N...]")] = ""
-    """Only cases of these world sizes."""
-    seed: int = 0
-    """Changes every drawn number of the stacks and of the adapters."""
-
-
-@dataclass(frozen=True)
-class RunOptions(Selection):
-    """What to run, on what, and where to write it."""
-
-    impl: Annotated[tuple[str, ...], arg(metavar="NAME|module:Class"), tyro.conf.UseAppendAction] = ()
-    """What is put to the proof instead of torch_impl; may be given again."""
-    device: Annotated[str, arg(metavar="{cpu,cuda}")] = "cpu"
-    """Where the torch ranks compute."""
-    model: Annotated[Path | None, arg(metavar="DIR")] = None
-    """A Llama-family Hugging Face checkpoint to use instead of SmolLM2-135M."""
-    json: Annotated[Path | None, arg(metavar="FILE")] = None
-    """Write the whole results stream here."""
-    fail_fast: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Stop at the first case that falls short."""
-
 
 @app.command(name="run")
 def run(options: Annotated[RunOptions, tyro.conf.arg(name="")]) -> int:
@@ -70,7 +38,7 @@ def run(options: Annotated[RunOptions, tyro.conf.arg(name="")]) -> int:
 
     Example: dora-parity run -k 'fsdp2 and nf4 and not pretrained' --json results.json
     """
-    from parity.run import run_suite  # noqa: PLC0415 - `list` and `--help` should not wait for it
+    from parity.commands.run import run_suite  # noqa: PLC0415 - `list` and `--help` should not wait for it
 
     return run_suite(options, Console())
 
@@ -78,7 +46,7 @@ def run(options: Annotated[RunOptions, tyro.conf.arg(name="")]) -> int:
 @app.command(name="list")
 def list_cases(selection: Annotated[Selection, tyro.conf.arg(name="")]) -> int:
     """List the cases that `run` would run, one a line, with their clauses."""
-    from parity.chosen import choose  # noqa: PLC0415
+    from parity.commands.choose import choose  # noqa: PLC0415
 
     cases = choose(selection)
     for case in cases:
@@ -90,7 +58,7 @@ def list_cases(selection: Annotated[Selection, tyro.conf.arg(name="")]) -> int:
 @app.command(name="show")
 def show(case: Annotated[Positional[str], arg(metavar="CASE")], tier: str = "full") -> int:
     """Show one case: every declared field, its inputs, and how to replay it. CASE is an identifier from `list`."""
-    from parity.chosen import find  # noqa: PLC0415
+    from parity.commands.choose import find  # noqa: PLC0415
     from parity.report.case_view import show_case  # noqa: PLC0415
 
     show_case(find(case, tier), Console())
@@ -103,7 +71,7 @@ def mutants(
     json: Annotated[Path | None, arg(metavar="FILE")] = None,
 ) -> int:
     """Plant each known bug in torch_impl and require that named checks fail; one that survives fails the command."""
-    from parity.controls import run_mutants  # noqa: PLC0415
+    from parity.commands.mutants import run_mutants  # noqa: PLC0415
 
     return run_mutants(only, json, Console())
 

@@ -7,15 +7,13 @@ import datetime as dt
 import multiprocessing
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from parity.case import Case
-from parity.processes import Seat, Workers, kill_fork_server
-from parity.refusal import what_is_said
-from parity.shard import Shard
-from parity.worker import life, serve
+from parity.job import Job, Place, RankAnswer
+from parity.workers.child import life, serve
+from parity.workers.group import Seat, Workers, kill_fork_server
+from parity.workers.refusing import what_is_said
 
 _PRELOADED = (
     "torch",
@@ -38,42 +36,6 @@ ENVIRONMENT = {
 
 _COLLECTIVE_SECONDS = 900
 """The process group's own limit; the pool's limit for a case is always shorter."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an implementation runs: its rank and what the machine offers."""
-
-    rank: int
-    world: int
-    device: str
-    model: Path | None
-    """The pretrained checkpoint's directory, if there is one."""
-    folder: Path | None = None
-    """Where files lie that one side writes and the other reads (C1)."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One case for one implementation, named so that it can be found inside a rank."""
-
-    case: Case
-    implementation: str
-    folder: Path | None = None
-    """The place's."""
-
-
-@dataclass(frozen=True)
-class RankAnswer:
-    """What one rank gave."""
-
-    shards: list[Shard]
-    seconds: float
-    refused: str | None = None
-    units: str = ""
-    """`layer` where the implementation declares the units of S7, so that its layout can be foretold."""
-    said: str = ""
-    """What it said of what it was to refuse; empty where it took it."""
 
 
 class Pools:

@@ -6,8 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from parity.check import Check
-from parity.results import CaseResult
+from parity.checks.shard_check import Check
+from parity.report.results import CaseResult
 
 _CLOSE = 1e-3
 """How near a ratio must be to its bug's factor to be named; a hint to the reader, never a verdict."""

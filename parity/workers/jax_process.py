@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from parity.case import DEFAULTS, WITHOUT_EFFECT, Case
-from parity.layout import LayoutQuestion, Layouts
-from parity.oracle.prediction import Predictions
-from parity.processes import Seat, Workers
-from parity.ranks import Job, Place, RankAnswer
-from parity.refusal import what_is_said
-from parity.worker import life, serve
+from parity.job import Job, Place, RankAnswer
+from parity.oracle.prediction import LayoutQuestion, Layouts, Predictions
+from parity.workers.child import life, serve
+from parity.workers.group import Seat, Workers
+from parity.workers.refusing import what_is_said
 
 DEVICES = 8
 """Virtual CPU devices: the largest world of a sharded JAX case."""

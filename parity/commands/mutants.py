@@ -14,16 +14,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from parity.bugs.known import FLAGS
+from parity.bugs.plans import PLANS
 from parity.case import Case
 from parity.cases import cases_of
-from parity.check import Check
+from parity.checks.shard_check import Check
+from parity.commands.expression import compile_expression
 from parity.errors import NoCaseMatches
-from parity.flags import FLAGS
-from parity.mutants import PLANS
+from parity.models.pretrained import cache_directory
 from parity.pipeline import Pipeline
-from parity.pretrained import cache_directory
-from parity.results import CaseResult, write_json
-from parity.selection import compile_expression
+from parity.report.results import CaseResult, write_json
 
 
 @dataclass(frozen=True)

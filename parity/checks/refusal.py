@@ -6,10 +6,8 @@ bad thing is taken is the failed check.
 
 from __future__ import annotations
 
-from typing import Any
-
 from parity.case import Case
-from parity.check import Check
+from parity.checks.shard_check import Check
 
 NAMED = {
     "nan-weight": ("layers.1", "(3, 5)"),
@@ -25,20 +23,6 @@ NAMED = {
     "foreign-checkpoint": ("pickle.bin",),
 }
 """For each bad thing, the words that the refusal must hold: which tensor or file, and where or how."""
-
-
-def what_is_said(implementation: Any, case: Case) -> str:
-    """The error's class and text; empty where the bad thing was taken.
-
-    Raises:
-        Exception: whatever the implementation raises on the sound thing: then it refuses too much.
-    """
-    implementation.meet(case, bad=False)
-    try:
-        implementation.meet(case, bad=True)
-    except Exception as error:  # noqa: BLE001 - any class may be a refusal; the words decide
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def check_refusal(case: Case, said: str) -> Check:

@@ -7,8 +7,8 @@ from typing import Protocol, get_args
 
 from parity.case import Case
 from parity.cases import TIERS, Tier, cases_of
+from parity.commands.expression import compile_expression
 from parity.errors import CannotRun, NoCaseMatches, WorldNotInTier
-from parity.selection import compile_expression
 
 
 class Choice(Protocol):

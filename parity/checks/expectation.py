@@ -12,7 +12,7 @@ from itertools import product
 import numpy as np
 
 from parity.case import Case
-from parity.check import Expected
+from parity.checks.shard_check import Expected
 from parity.errors import CaseFailed
 from parity.oracle.prediction import Key, Prediction, Predictions
 from parity.shard import Shard

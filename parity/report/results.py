@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from parity.case import Case
-from parity.check import Check
+from parity.checks.shard_check import Check
 from parity.shard import describe_index
 
 SCHEMA = 1

@@ -1,0 +1,45 @@
+"""What crosses between the pipeline and a worker: a job, the place where it runs, and a rank's answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from parity.case import Case
+from parity.shard import Shard
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an implementation runs: its rank and what the machine offers."""
+
+    rank: int
+    world: int
+    device: str
+    model: Path | None
+    """The pretrained checkpoint's directory, if there is one."""
+    folder: Path | None = None
+    """Where files lie that one side writes and the other reads (C1)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case for one implementation, named so that it can be found inside a rank."""
+
+    case: Case
+    implementation: str
+    folder: Path | None = None
+    """The place's."""
+
+
+@dataclass(frozen=True)
+class RankAnswer:
+    """What one rank gave."""
+
+    shards: list[Shard]
+    seconds: float
+    refused: str | None = None
+    units: str = ""
+    """`layer` where the implementation declares the units of S7, so that its layout can be foretold."""
+    said: str = ""
+    """What it said of what it was to refuse; empty where it took it."""

@@ -1,0 +1,1 @@
+"""The pretrained checkpoint: found, read and checked without a framework."""
