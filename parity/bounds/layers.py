@@ -1,36 +1,42 @@
 """One DoRA layer, forward and backward, on tracked numbers: the error of its output and of its three gradients.
 
-    V = W + s B A        n = ||V||        c = m / n        y0 = x W' + s (x A') B'        y = c y0 + b
-    H = G c              dm = sum_t(G y0) / n              dB = s H' (x A')               dA = s (H B)' x
+    V = W + s B A        n = ||V||        c = m / n        u = mask * x (D9; x itself without dropout)
+    y0 = u W' + s (u A') B'               y = c y0 + b, with dropout x W' + (c - 1) (u W') + c s (u A') B' + b
+    H = G c              dm = sum_t(G y0) / n              dB = s H' (u A')               dA = s (H B)' u
+    dx = H V, with dropout G W + mask * (H V - G W)
 
-(SEMANTICS D1 to D8, D13 and the closed form of G.) Axes: T tokens, I in, O out, R rank.
+(ref/SPEC.md, D1 to D9, D13 and G1.) Without a magnitude (LoRA) c is exactly 1, and nothing is rounded by it.
+Axes: T tokens, I in, O out, R rank.
 
-Where implementations may choose, `either` takes the larger error of the two routes: `y0` with V formed or not, `n`
-directly or factored. The factored norm counts only where the terms it sums are at most `CANCELLATION` times the
-square they leave; elsewhere D13's guard demands the direct form, and the bound demands its accuracy.
+Where implementations may choose, `either` takes the larger error of the routes: `y0` and `dx` with V formed or not, dA
+and dB with the gradient of V formed or not, `n` directly or factored, and what `dropout` lists.
 
 **Coherent errors.** The error of one element of A, B or c enters the sum over tokens with every token, so there it
-does not average out. With `D = G' x` (out, in), to first order,
+does not average out. With `D = G' u` (out, in), to first order,
 
     dm_i = <D_i, V_i> / n_i        dB_ir = s c_i <D_i, A_r>        dA_rj = s sum_i c_i B_ir D_ij
 
 and the variances of A, B and c are added through these, while the products themselves run on calm operands. The norm
-is treated alike. Guards need no such care: they bound absolute errors, however correlated.
+is treated alike. Tokens that repeat add up coherently too: that is `repeats`. Guards need no such care: they bound
+absolute errors, however correlated.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from parity.bounds import dropout
 from parity.bounds import tracked as tr
-from parity.bounds.tracked import Array, Tracked
+from parity.bounds.norm import weight_norm
+from parity.bounds.repeats import inner, product
 
-CANCELLATION: Final = 2.0**10
-"""D13: the factored norm may lose this factor, 10 of float32's 24 bits, to cancellation; beyond it the direct form
-is demanded. `ref.dora.guarded_rows` and its like guard earlier, so that the bound covers every row they factor."""
+if TYPE_CHECKING:
+    from parity.bounds.dropout import Mask
+    from parity.bounds.repeats import Repeats
+    from parity.bounds.tracked import Array, Tracked
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,8 @@ class Adapter:
     """(rank, in)."""
     lora_B: Tracked  # noqa: N815 (PEFT's name)
     """(out, rank)."""
-    magnitude: Tracked
-    """(out,)."""
+    magnitude: Tracked | None
+    """(out,); None in LoRA."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +78,32 @@ class Layer:
     """A cast to the compute format, (rank, in)."""
     lora_B: Tracked  # noqa: N815 (PEFT's name)
     """B cast to the compute format, (out, rank)."""
-    norm: Tracked
-    """n, (out,)."""
+    norm: Tracked | None
+    """n, (out,); None in LoRA."""
     ratio: Tracked
-    """c, (out,)."""
+    """c, (out,); exactly 1 in LoRA."""
     scaling: float
     """s."""
     precision: Precision
     """The formats."""
     d9: bool
-    """Whether y may be formed as PEFT forms it (D9): `x W' + (c - 1) x W' + c s (x A') B'`."""
+    """Whether y may be formed as PEFT forms it (D9): `x W' + (c - 1) x W' + c s (x A') B'`, in the compute format."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a layer's backward reads of its forward."""
+
+    u: Tracked
+    """What the adapter reads, (tokens, in): x, or with dropout mask * x."""
+    kept: Tracked
+    """`u W'`, (tokens, out), calm: with its own roundings alone."""
+    update: Tracked
+    """`s (u A') B'`, (tokens, out), calm."""
+    y0: Tracked
+    """Their sum, calm: to dm, `backward` adds coherently what the adapter's errors do."""
+    mask: Mask | None
+    """Dropout's."""
 
 
 def prepare(
@@ -94,27 +116,12 @@ def prepare(
     d9: bool = False,
 ) -> Layer:
     """D4, D7, D11: the norm and the ratio at `unit` from the uncast adapter, and the operands of the products."""
-    norm = weight_norm(weight, adapter.lora_A, adapter.lora_B, scaling=scaling, unit=precision.unit)
-    ratio = tr.divide(adapter.magnitude, norm, precision.unit)
+    norm, ratio = None, tr.exact(np.ones(weight.shape[0]))
+    if adapter.magnitude is not None:
+        norm = weight_norm(weight, adapter.lora_A, adapter.lora_B, scaling=scaling, unit=precision.unit)
+        ratio = tr.divide(adapter.magnitude, norm, precision.unit)
     lora_A, lora_B = (tr.cast(t, precision.compute_unit) for t in (adapter.lora_A, adapter.lora_B))
     return Layer(weight, bias, lora_A, lora_B, norm, ratio, scaling, precision, d9)
-
-
-def weight_norm(weight: Tracked, lora_A: Tracked, lora_B: Tracked, *, scaling: float, unit: float) -> Tracked:
-    """D3, D4, D13: n by rows, (out,): directly, or factored where that does not cancel."""
-    A, B = tr.calm(lora_A), tr.calm(lora_B)
-    delta = tr.scale(tr.matmul(B, A, unit), scaling, unit)
-    direct = _direct_norm(tr.add(weight, delta, unit), unit)
-    square, terms = _factored_square(weight, A, B, scaling=scaling, unit=unit)
-    factored = tr.either(direct, tr.sqrt(Tracked(direct.value**2, square.variance, square.guard), unit))
-    allowed = terms <= CANCELLATION * direct.value**2
-    chosen = Tracked(
-        direct.value,
-        np.where(allowed, factored.variance, direct.variance),
-        np.where(allowed, factored.guard, direct.guard),
-    )
-    shared = _norm_variance(weight.value, lora_A, lora_B, scaling=scaling, unit=unit)
-    return tr.stirred(chosen, shared)
 
 
 def merged(weight: Tracked, lora_A: Tracked, lora_B: Tracked, magnitude: Tracked, *, scaling: float) -> Tracked:
@@ -125,93 +132,149 @@ def merged(weight: Tracked, lora_A: Tracked, lora_B: Tracked, magnitude: Tracked
     return tr.multiply(V, tr.divide(magnitude, norm, unit)[:, None], unit)
 
 
-def forward(layer: Layer, x: Tracked) -> tuple[Tracked, Tracked]:
-    """`(y0, y)`, both (tokens, out): y0 calm, with its own roundings alone, and y with every error.
-
-    The calm one feeds `dm`, to which `backward` adds what the adapter's errors do, coherently.
-    """
+def forward(layer: Layer, x: Tracked, mask: Mask | None = None) -> tuple[Read, Tracked]:
+    """What the backward reads, and y (tokens, out) with every error."""
     unit, compute = layer.precision.unit, layer.precision.compute_unit
-    base, update, formed = _products(layer, x)
-    y0 = tr.either(tr.add(base, update, compute), formed)
-    full = tr.stirred(y0, _adapter_variance(layer, x.value))
-    y = tr.multiply(full, layer.ratio[None, :], unit)
-    if layer.d9:
-        y = tr.either(y, _d9_output(layer, base, update))
+    u = x if mask is None else dropout.dropped(x, mask, compute)
+    kept, update, formed = _products(layer, u)
+    y0 = tr.either(tr.add(kept, update, compute), formed)
+    read = Read(u, kept, update, y0, mask)
+    y = _output(layer, read) if mask is None else _dropped_output(layer, x, read)
     if layer.bias is not None:
         y = tr.add(y, layer.bias[None, :], unit)
-    return y0, tr.cast(y, compute)
+    return read, tr.cast(y, compute)
 
 
-def backward(layer: Layer, x: Tracked, y0: Tracked, G: Tracked) -> tuple[Adapter, Tracked]:
+def backward(layer: Layer, read: Read, G: Tracked, repeats: Repeats | None = None) -> tuple[Adapter, Tracked]:
     """The gradients of A, B and magnitude, and `dx` (tokens, in), for the cotangent `G` (tokens, out) of this rank."""
-    unit, compute = layer.precision.unit, layer.precision.compute_unit
     own = _with_calm_adapter(layer)
-    D = G.value.T @ x.value
-    H = tr.cast(tr.multiply(G, own.ratio[None, :], unit), compute)
-    u = tr.matmul(x, own.lora_A.T, unit, output_unit=compute)
-    dB = tr.scale(tr.matmul(H.T, u, unit, output_unit=compute), layer.scaling, compute)
-    hB = tr.matmul(H, own.lora_B, unit, output_unit=compute)
-    dA = tr.scale(tr.matmul(hB.T, x, unit, output_unit=compute), layer.scaling, compute)
-    products = tr.cast(tr.multiply(G, y0, unit), compute)
-    dm = tr.divide(tr.total(products, 0, unit), own.norm, unit)
+    D = G.value.T @ read.u.value
+    slip = 0.0 if read.mask is None else read.mask.slip
+    dA, dB = _factor_gradients(own, read, G, repeats)
     gradients = Adapter(
-        tr.stirred(dA, _shared_in_lora_a(layer, D)),
-        tr.stirred(dB, _shared_in_lora_b(layer, D)),
-        tr.stirred(dm, _shared_in_magnitude(layer, D)),
+        tr.stirred(dA, _shared_in_lora_a(layer, D) + slip * dA.value**2),
+        tr.stirred(dB, _shared_in_lora_b(layer, D) + slip * dB.value**2),
+        None,
     )
-    return gradients, _dx(layer, G)
+    if layer.norm is not None and own.norm is not None:
+        dm = _magnitude_gradient(own, own.norm, (read, G), repeats)
+        shared = _shared_in_magnitude(layer, layer.norm, D) + slip * dm.value**2
+        gradients = Adapter(gradients.lora_A, gradients.lora_B, tr.stirred(dm, shared))
+    return gradients, _dx(layer, G, read.mask)
 
 
-def _products(layer: Layer, x: Tracked) -> tuple[Tracked, Tracked, Tracked]:
-    """`x W'`, `s (x A') B'` and, formed otherwise, their sum `x V'`: all calm in the adapter."""
+def _products(layer: Layer, u: Tracked) -> tuple[Tracked, Tracked, Tracked]:
+    """`u W'`, `s (u A') B'` and, formed otherwise, their sum `u V'`: all calm in the adapter."""
     unit, compute = layer.precision.unit, layer.precision.compute_unit
     A, B = tr.calm(layer.lora_A), tr.calm(layer.lora_B)
-    base = tr.matmul(x, layer.weight.T, unit, output_unit=compute)
-    inner = tr.matmul(x, A.T, unit, output_unit=compute)
-    update = tr.scale(tr.matmul(inner, B.T, unit, output_unit=compute), layer.scaling, compute)
+    base = tr.matmul(u, layer.weight.T, unit, output_unit=compute)
+    h = tr.matmul(u, A.T, unit, output_unit=compute)
+    update = tr.scale(tr.matmul(h, B.T, unit, output_unit=compute), layer.scaling, compute)
     delta = tr.scale(tr.matmul(B, A, unit, output_unit=compute), layer.scaling, compute)
     V = tr.add(layer.weight, delta, compute)
-    return base, update, tr.matmul(x, V.T, unit, output_unit=compute)
+    return base, update, tr.matmul(u, V.T, unit, output_unit=compute)
 
 
-def _d9_output(layer: Layer, base: Tracked, update: Tracked) -> Tracked:
-    """D9 without dropout, as PEFT has it: `x W' + ((c - 1) x W' + c s (x A') B')`."""
+def _output(layer: Layer, read: Read) -> Tracked:
+    """D8: `c y0`, (tokens, out), before the bias; with `d9` also as PEFT has it."""
+    unit = layer.precision.unit
+    full = tr.stirred(read.y0, _adapter_variance(layer, read.u.value))
+    y = tr.multiply(full, layer.ratio[None, :], unit)
+    if not layer.d9:
+        return y
+    return tr.either(y, _in_compute_format(layer, read.kept, read, layer.ratio))
+
+
+def _dropped_output(layer: Layer, x: Tracked, read: Read) -> Tracked:
+    """D9: the sum of three, (tokens, out), before the bias; what the errors of A, B and c do is added coherently."""
     unit, compute = layer.precision.unit, layer.precision.compute_unit
-    less_one = tr.cast(tr.subtract(layer.ratio, tr.exact(np.ones(layer.ratio.shape)), unit), compute)
-    part = tr.multiply(base, less_one[None, :], compute)
-    rest = tr.add(part, tr.multiply(update, tr.cast(layer.ratio, compute)[None, :], compute), compute)
-    return tr.add(base, rest, compute)
+    c = tr.calm(layer.ratio)
+    base = tr.matmul(x, layer.weight.T, unit, output_unit=compute)
+    part = tr.multiply(read.kept, _less_one(c, unit)[None, :], unit)
+    y = dropout.in_any_order(base, part, tr.multiply(read.update, c[None, :], unit), unit)
+    if layer.d9:
+        first = base if layer.bias is None else tr.add(base, layer.bias[None, :], compute)
+        y = tr.either(y, _in_compute_format(layer, base, read, c), _in_compute_format(layer, first, read, c))
+    slip = 0.0 if read.mask is None else read.mask.slip
+    shared = tr.times(layer.ratio.value**2, _adapter_variance(layer, read.u.value))
+    shared += tr.times(layer.ratio.variance[None, :], read.y0.value**2)
+    return tr.stirred(y, shared + slip * np.square(y.value - base.value))
 
 
-def _dx(layer: Layer, G: Tracked) -> Tracked:
-    """`H V`, formed as `H W + s (H B) A` or from V, with every error: each of its elements is one sum over rows."""
+def _in_compute_format(layer: Layer, base: Tracked, read: Read, ratio: Tracked) -> Tracked:
+    """D9 as PEFT has it: `base + ((c - 1) u W' + c s (u A') B')`, c and every sum in the compute format."""
     unit, compute = layer.precision.unit, layer.precision.compute_unit
+    less_one, c = (tr.cast(t, compute)[None, :] for t in (_less_one(ratio, unit), ratio))
+    part, rest = tr.multiply(read.kept, less_one, compute), tr.multiply(read.update, c, compute)
+    return tr.add(base, tr.add(part, rest, compute), compute)
+
+
+def _less_one(ratio: Tracked, unit: float) -> Tracked:
+    return tr.subtract(ratio, tr.exact(np.ones(ratio.shape)), unit)
+
+
+def _factor_gradients(own: Layer, read: Read, G: Tracked, repeats: Repeats | None) -> tuple[Tracked, Tracked]:
+    """`dA = s (H B)' u` and `dB = s H' (u A')`, or by way of `H' u`, the gradient of V; calm in the adapter."""
+    unit, compute = own.precision.unit, own.precision.compute_unit
+    A, B, s, formats = own.lora_A, own.lora_B, own.scaling, {"unit": unit, "output_unit": compute}
+    H = tr.cast(tr.multiply(G, own.ratio[None, :], unit), compute)
+    h, hB = tr.matmul(read.u, A.T, **formats), tr.matmul(H, B, **formats)
+    dV = product(H, read.u, repeats, **formats)
+    dA = tr.either(product(hB, read.u, repeats, **formats), tr.matmul(B.T, dV, **formats))
+    dB = tr.either(product(H, h, repeats, **formats), tr.matmul(dV, A.T, **formats))
+    return tr.scale(dA, s, compute), tr.scale(dB, s, compute)
+
+
+def _magnitude_gradient(own: Layer, norm: Tracked, passed: tuple[Read, Tracked], repeats: Repeats | None) -> Tracked:
+    """`dm = sum_t(G y0) / n`; with dropout autodiff sums the two parts of y0 apart. Calm in the adapter."""
+    unit, compute = own.precision.unit, own.precision.compute_unit
+    read, G = passed
+    formats = {"unit": unit, "output_unit": compute}
+    dc = inner(G, read.y0, repeats, **formats)
+    if read.mask is not None:
+        parts = (inner(G, part, repeats, **formats) for part in (read.kept, read.update))
+        dc = tr.either(dc, tr.add(*parts, unit))
+    return tr.divide(dc, norm, unit)
+
+
+def _dx(layer: Layer, G: Tracked, mask: Mask | None) -> Tracked:
+    """`H V`, formed as `H W + s (H B) A` or from V, with every error: each of its elements is one sum over rows.
+
+    With dropout `G W + mask * (H V - G W)`, where `H - G` may stand for the two in the product with W.
+    """
+    unit, compute = layer.precision.unit, layer.precision.compute_unit
+    formats = {"unit": unit, "output_unit": compute}
     H = tr.cast(tr.multiply(G, layer.ratio[None, :], unit), compute)
-    hB = tr.matmul(H, layer.lora_B, unit, output_unit=compute)
-    update = tr.scale(tr.matmul(hB, layer.lora_A, unit, output_unit=compute), layer.scaling, compute)
-    apart = tr.add(tr.matmul(H, layer.weight, unit, output_unit=compute), update, compute)
-    delta = tr.scale(tr.matmul(layer.lora_B, layer.lora_A, unit, output_unit=compute), layer.scaling, compute)
-    formed = tr.matmul(H, tr.add(layer.weight, delta, compute), unit, output_unit=compute)
-    return tr.either(apart, formed)
+    hB = tr.matmul(H, layer.lora_B, **formats)
+    update = tr.scale(tr.matmul(hB, layer.lora_A, **formats), layer.scaling, compute)
+    delta = tr.scale(tr.matmul(layer.lora_B, layer.lora_A, **formats), layer.scaling, compute)
+    formed = tr.matmul(H, tr.add(layer.weight, delta, compute), **formats)
+    if mask is None:
+        return tr.either(tr.add(tr.matmul(H, layer.weight, **formats), update, compute), formed)
+    whole = tr.matmul(G, layer.weight, **formats)
+    less = tr.cast(dropout.less_whole(G, layer.ratio[None, :], _less_one(layer.ratio, unit)[None, :], unit), compute)
+    apart = tr.add(tr.matmul(less, layer.weight, **formats), update, compute)
+    through = dropout.dropped(tr.either(apart, tr.subtract(formed, whole, compute)), mask, compute)
+    return tr.stirred(tr.add(whole, through, compute), mask.slip * through.value**2)
 
 
 def _with_calm_adapter(layer: Layer) -> Layer:
     """The layer whose A, B, n and c have kept their guards and given up their variances."""
-    calm = (tr.calm(t) for t in (layer.lora_A, layer.lora_B, layer.norm, layer.ratio))
-    A, B, norm, ratio = calm
+    A, B, ratio = (tr.calm(t) for t in (layer.lora_A, layer.lora_B, layer.ratio))
+    norm = None if layer.norm is None else tr.calm(layer.norm)
     return Layer(layer.weight, layer.bias, A, B, norm, ratio, layer.scaling, layer.precision, layer.d9)
 
 
-def _adapter_variance(layer: Layer, x: Array) -> Array:
-    """What the errors of A and B do to each y0: `s^2 ((x^2 varA') B^2' + (x A')^2 varB')`."""
+def _adapter_variance(layer: Layer, u: Array) -> Array:
+    """What the errors of A and B do to each y0: `s^2 ((u^2 varA') B^2' + (u A')^2 varB')`."""
     A, B = layer.lora_A, layer.lora_B
-    from_A = tr.spread(tr.spread(x**2, A.variance.T), B.value.T**2)
-    return layer.scaling**2 * (from_A + tr.spread((x @ A.value.T) ** 2, B.variance.T))
+    from_A = tr.spread(tr.spread(u**2, A.variance.T), B.value.T**2)
+    return layer.scaling**2 * (from_A + tr.spread((u @ A.value.T) ** 2, B.variance.T))
 
 
-def _shared_in_magnitude(layer: Layer, D: Array) -> Array:
+def _shared_in_magnitude(layer: Layer, n: Tracked, D: Array) -> Array:
     """From A, B and n: `(s^2 sum_j D^2 (B^2 varA) + s^2 sum_r varB (D A')^2 + dm^2 varn) / n^2`; no claim as for c."""
-    A, B, n, s = layer.lora_A, layer.lora_B, layer.norm, layer.scaling
+    A, B, s = layer.lora_A, layer.lora_B, layer.scaling
     from_A = np.sum(tr.times(D**2, tr.spread(B.value**2, A.variance)), axis=1)
     from_B = np.sum(tr.times((D @ A.value.T) ** 2, B.variance), axis=1)
     V = layer.weight.value + s * B.value @ A.value
@@ -232,42 +295,3 @@ def _shared_in_lora_a(layer: Layer, D: Array) -> Array:
     B, c = layer.lora_B, layer.ratio
     rows = tr.times(c.value[:, None] ** 2, B.variance) + tr.times(c.variance[:, None], B.value**2)
     return layer.scaling**2 * tr.spread(rows.T, D**2)
-
-
-def _direct_norm(V: Tracked, unit: float) -> Tracked:
-    """`||V||` by rows from a rounded V. By the triangle inequality it is off by `||error of V||` at most.
-
-    To first order the error is `<V, e> / n`; the next order, `||e||^2 / (2 n)`, has a mean, which is counted too.
-    """
-    n, noise = np.linalg.norm(V.value, axis=1), np.sum(V.variance, axis=1)
-    n_safe = np.where(n == 0, 1.0, n)
-    first = np.sum(V.value**2 * V.variance, axis=1) / n_safe**2 + np.square(noise / (2 * n_safe))
-    variance = np.where(n == 0, noise, np.minimum(first, noise))
-    squares = tr.total(tr.multiply(tr.exact(V.value), tr.exact(V.value), unit), 1, unit)
-    variance += squares.variance / (4 * n_safe**2) + np.square(unit * n) / 3
-    off = np.linalg.norm(V.guard, axis=1)
-    terms = V.shape[1] + 2  # n products and n - 1 sums under the root, the root, and a scaling's remainder
-    return Tracked(n, variance, off + terms * unit / (1 - terms * unit) * (n + off))
-
-
-def _factored_square(weight: Tracked, A: Tracked, B: Tracked, *, scaling: float, unit: float) -> tuple[Tracked, Array]:
-    """D13: `||W||^2 + 2 s <W A', B> + s^2 <B (A A'), B>` by rows, and the sum of the absolute terms."""
-    base = tr.total(tr.multiply(weight, weight, unit), 1, unit)
-    cross = tr.total(tr.multiply(tr.matmul(weight, A.T, unit), B, unit), 1, unit)
-    delta = tr.total(tr.multiply(tr.matmul(B, tr.matmul(A, A.T, unit), unit), B, unit), 1, unit)
-    cross, delta = tr.scale(cross, 2 * scaling, unit), tr.scale(delta, scaling**2, unit)
-    terms = np.abs(base.value) + np.abs(cross.value) + np.abs(delta.value)
-    return tr.add(tr.add(base, cross, unit), delta, unit), terms
-
-
-def _norm_variance(weight: Array, lora_A: Tracked, lora_B: Tracked, *, scaling: float, unit: float) -> Array:
-    """What the errors of A, B and s do to n: `dn_i = <V_i, s dB_i A + s B_i dA + ds (BA)_i> / n_i`."""
-    A, B = lora_A.value, lora_B.value
-    V = weight + scaling * B @ A
-    n_square = np.sum(V**2, axis=1)
-    from_B = np.sum(tr.times(lora_B.variance, (V @ A.T) ** 2), axis=1)
-    from_A = np.sum(tr.times(V**2, tr.spread(B**2, lora_A.variance)), axis=1)
-    held = tr.representable(np.array([scaling]), unit)[0]
-    from_s = 0.0 if held else unit**2 / 3 * np.sum(V * (B @ A), axis=1) ** 2
-    moved = scaling**2 * (from_A + from_B + from_s)
-    return np.where(moved == 0, 0.0, moved / np.where(n_square == 0, 1.0, n_square))

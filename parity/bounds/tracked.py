@@ -137,11 +137,15 @@ def subtract(a: Tracked, b: Tracked, unit: float) -> Tracked:
 
 
 def multiply(a: Tracked, b: Tracked, unit: float) -> Tracked:
-    """`a * b` element by element, rounded once."""
+    """`a * b` element by element, rounded once, but not where b is exactly 0 or a power of two."""
     variance = times(a.variance, b.value**2) + times(a.value**2, b.variance) + times(a.variance, b.variance)
     size_a, size_b = np.abs(a.value), np.abs(b.value)
     guard = times(a.guard, size_b) + times(size_a, b.guard) + times(a.guard, b.guard)
-    return _rounded(a.value * b.value, variance, guard, unit=unit)
+    rounded = _rounded(a.value * b.value, variance, guard, unit=unit)
+    shifts = _only_shifts(b)
+    if not shifts.any():
+        return rounded
+    return Tracked(rounded.value, np.where(shifts, variance, rounded.variance), np.where(shifts, guard, rounded.guard))
 
 
 def square(a: Tracked, unit: float) -> Tracked:
@@ -196,7 +200,7 @@ def total(a: Tracked, axis: int, unit: float) -> Tracked:
     """The sum over one axis, in any order."""
     terms = a.shape[axis]
     value, squares = np.sum(a.value, axis=axis), np.sum(a.value**2, axis=axis)
-    variance = np.sum(a.variance, axis=axis) + _partial_sums(value, squares, terms=terms, unit=unit)
+    variance = np.sum(a.variance, axis=axis) + partial_sums(value, squares, terms=terms, unit=unit)
     guard = np.sum(a.guard, axis=axis)
     guard = guard + _gamma(max(terms - 1, 0), unit) * (np.sum(np.abs(a.value), axis=axis) + guard)
     return Tracked(value, variance, guard)
@@ -211,14 +215,19 @@ def matmul(a: Tracked, b: Tracked, unit: float, *, output_unit: float | None = N
     """
     terms = a.shape[1]
     value, squares = a.value @ b.value, a.value**2 @ b.value**2
-    variance = _partial_sums(value, squares, terms=terms, unit=unit) + unit**2 / 3 * squares
+    variance = partial_sums(value, squares, terms=terms, unit=unit) + unit**2 / 3 * squares
     variance += spread(a.variance, b.value**2) + spread(a.value**2, b.variance) + spread(a.variance, b.variance)
     size_a, size_b = np.abs(a.value), np.abs(b.value)
     guard = spread(a.guard, size_b) + spread(size_a, b.guard) + spread(a.guard, b.guard)
     guard = guard + _gamma(terms, unit) * (size_a @ size_b + guard)
+    return narrowed(Tracked(value, variance, guard), unit, output_unit)
+
+
+def narrowed(a: Tracked, unit: float, output_unit: float | None) -> Tracked:
+    """The same number rounded once more where `output_unit` is wider than the `unit` that it was computed at."""
     if output_unit is None or output_unit <= unit:
-        return Tracked(value, variance, guard)
-    return _rounded(value, variance, guard, unit=output_unit)
+        return a
+    return _rounded(a.value, a.variance, a.guard, unit=output_unit)
 
 
 def summed(a: Tracked, squares: Array, *, terms: int, unit: float) -> Tracked:
@@ -226,18 +235,36 @@ def summed(a: Tracked, squares: Array, *, terms: int, unit: float) -> Tracked:
 
     For a derivative that is read off a loss: every term of the loss takes part, most of them with a zero.
     """
-    variance = _partial_sums(a.value, squares, terms=terms, unit=unit) + unit**2 / 3 * squares
+    variance = partial_sums(a.value, squares, terms=terms, unit=unit) + unit**2 / 3 * squares
     reach = np.sqrt(terms * squares)  # of the absolute terms, by Cauchy and Schwarz
     return Tracked(a.value, a.variance + variance, a.guard + _gamma(terms + 1, unit) * reach)
 
 
-def mean(parts: list[Tracked], unit: float) -> Tracked:
-    """The mean over ranks, each part divided before or after the sum, the sum in any order (gloo, a ring, a tree)."""
-    stacked = Tracked(*(np.stack([getattr(p, name) for p in parts]) for name in ("value", "variance", "guard")))
-    world = len(parts)
-    if world == 1:
+def mean(parts: list[Tracked], unit: float, *, world: int, coherent: bool = False) -> Tracked:
+    """The sum of the parts over `world`, each divided before or after the sum, in any order (gloo, a ring, a tree).
+
+    Args:
+        parts: one a rank, or one a forward of each rank.
+        unit: the unit roundoff of the reduction.
+        world: the number of ranks.
+        coherent: whether the parts' errors may be the same, so that they add up: k parts are worth k^2 variances.
+    """
+    if len(parts) == world == 1:
         return parts[0]
+    stacked = Tracked(*(np.stack([getattr(p, name) for p in parts]) for name in ("value", "variance", "guard")))
+    if coherent:
+        stacked = replace(stacked, variance=len(parts) * stacked.variance)
     return either(total(scale(stacked, 1 / world, unit), 0, unit), scale(total(stacked, 0, unit), 1 / world, unit))
+
+
+def joined(parts: list[Tracked]) -> Tracked:
+    """One after the other along the first axis."""
+    return Tracked(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("value", "variance", "guard")))
+
+
+def reshaped(a: Tracked, shape: tuple[int, ...]) -> Tracked:
+    """The same elements in another shape."""
+    return Tracked(a.value.reshape(shape), a.variance.reshape(shape), a.guard.reshape(shape))
 
 
 def times(a: Array, b: Array) -> Array:
@@ -256,12 +283,19 @@ def spread(a: Array, b: Array) -> Array:
     return np.where(touched > 0, np.inf, finite)
 
 
+def partial_sums(value: Array, squares: Array, *, terms: int, unit: float) -> Array:
+    """The variance of the roundings of a sum's partial sums, over random orders of its terms."""
+    return unit**2 / 3 * (terms / 3 * value**2 + terms / 6 * squares) if terms > 1 else np.zeros_like(value)
+
+
 def _rounded(value: Array, variance: Array, guard: Array, *, unit: float) -> Tracked:
     return Tracked(value, variance + np.square(unit * value) / 3, guard + unit * (np.abs(value) + guard))
 
 
-def _partial_sums(value: Array, squares: Array, *, terms: int, unit: float) -> Array:
-    return unit**2 / 3 * (terms / 3 * value**2 + terms / 6 * squares) if terms > 1 else np.zeros_like(value)
+def _only_shifts(a: Tracked) -> npt.NDArray[np.bool_]:
+    """Where a number is exactly 0 or a power of two: a product with it rounds nothing."""
+    mantissa = np.abs(np.frexp(a.value)[0])
+    return (a.guard == 0) & ((mantissa == 0.5) | (mantissa == 0))  # noqa: PLR2004 (the mantissa of a power of two)
 
 
 def _gamma(terms: int, unit: float) -> float:

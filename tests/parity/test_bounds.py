@@ -12,7 +12,7 @@ from parity import bounds
 from parity.bounds import BFLOAT16_COMPUTE, FLOAT32, FLOAT64, Rule, Tracked, difference, exact, limit, propagate
 from parity.bounds import tracked as tr
 from parity.bounds.layers import Adapter, forward, prepare
-from parity.bounds.stack import relu_backward
+from parity.bounds.passes import relu_backward
 
 sys.path.insert(0, str(Path(__file__).parent))
 from dora_routes import ROUTES, TENSORS, direct, gaussian, half_of_one_rank, rounded, train
