@@ -13,7 +13,7 @@ from typing import Literal
 
 Link = Literal["algebra", "shards", "frameworks", "training", "controls"]
 Model = Literal["stack", "codec", "checkpoint", "pretrained"]
-Proof = Literal["lattice", "one-hot", "bound", "start", "root", "sensitivity", "decode", "files", "refusal"]
+Proof = Literal["lattice", "one-hot", "bound", "start", "root", "sensitivity", "decode", "files", "refusal", "neutral"]
 Base = Literal["float32", "bfloat16", "float64", "nf4", "fp4"]
 Compute = Literal["float32", "bfloat16", "float64"]
 Task = Literal["train", "merge", "written", "read", "refuse"]
@@ -24,7 +24,7 @@ FAINT = 2.0**-20
 UNSHARDED = "none"
 """The strategy of a case that one process runs without any sharding."""
 
-TORCH_STRATEGIES = (UNSHARDED, "fsdp1", "fsdp1-orig", "fsdp2", "hsdp", "ddp")
+TORCH_STRATEGIES = (UNSHARDED, "fsdp1", "fsdp1-orig", "fsdp1-hybrid", "fsdp2", "hsdp", "ddp")
 """What `torch_impl` and third parties run; all other strategies belong to a built-in subject."""
 
 
@@ -70,8 +70,18 @@ class Case:
     """What FSDP reduces gradients of anything but adapters in (T4); None leaves it."""
     activation: Literal["identity", "relu"] = "identity"
     """What stands between two layers of a stack."""
-    dropout: bool = False
-    """Whether each layer's input is dropped by half (D9), by masks that are inputs."""
+    dropout: float = 0.0
+    """The share of each layer's input that is dropped (D9), by masks that are inputs."""
+    method: Literal["dora", "lora"] = "dora"
+    """`lora` has no magnitude: c is 1."""
+    blocksize: int = 64
+    """Elements that share a scale in a four-bit base (Q1)."""
+    replicas: int = 2
+    """Under hsdp and fsdp1-hybrid: how many copies there are of each shard (S9)."""
+    keep_gathered: bool = False
+    """Whether what was gathered for the forward is kept for the backward (`reshard_after_forward=False`)."""
+    counted: bool = False
+    """Whether the collectives of each step are counted (S7, S9, S11, T5)."""
     bias: bool = False
     """Whether the base layers have one (D8)."""
     zero_rows: bool = False
@@ -127,9 +137,15 @@ class Case:
 
     def _features(self) -> list[str]:
         """The identifier's last part: what departs from the plain case."""
-        drawn = ("bias", "zero_rows", "hard_rows", "ties", "zero_b", "batched", "dropout", "faint")
+        drawn = ("bias", "zero_rows", "hard_rows", "ties", "zero_b", "batched", "faint")
+        how = ("late", "recompute", "keep_gathered", "counted")
         named = {
             "": self.activation if self.activation != "identity" else "",
+            "dropout-": f"{self.dropout:g}" if self.dropout else "",
+            "tokens-": self.tokens if self.tokens < self.input_world else "",
+            "method-": self.method if self.method != "dora" else "",
+            "blocks-of-": self.blocksize if self.blocksize != DEFAULTS["blocksize"] else "",
+            "replicas-": self.replicas if self.replicas != DEFAULTS["replicas"] else "",
             "storage-": self.storage if self.storage != "uint8" else "",
             "wire-": self.param_dtype,
             "reduce-": self.reduce_dtype,
@@ -141,14 +157,14 @@ class Case:
         return [
             *([self.task] if self.task in {"merge", "written", "read"} else []),
             *([self.bad] if self.bad else []),
-            *(name for name in ("rank_stabilized", "flat", *drawn, "late", "recompute") if getattr(self, name)),
+            *(name for name in ("rank_stabilized", "flat", *drawn, *how) if getattr(self, name)),
             *(f"{words}{value}" for words, value in named.items() if value),
         ]
 
     @property
     def has_twin(self) -> bool:
         """Whether its shards are compared with another run of the same implementation, and not with the oracle."""
-        return self.link == "shards" or (self.link == "training" and (self.world > 1 or self.proof == "one-hot"))
+        return self.proof == "one-hot" or (self.link == "shards" and self.proof in {"start", "files"})
 
     @property
     def scaling(self) -> float:
@@ -191,8 +207,8 @@ class Case:
 
     @property
     def copies(self) -> int:
-        """On how many ranks each element lies: 2 rows of a mesh under hsdp (S9), every rank under ddp."""
-        return {"hsdp": 2, "ddp": self.world}.get(self.strategy, 1)
+        """On how many ranks each element lies: as many as there are rows of a mesh (S9), every rank under ddp."""
+        return {"hsdp": self.replicas, "fsdp1-hybrid": self.replicas, "ddp": self.world}.get(self.strategy, 1)
 
     def copies_at(self, step: int) -> int:
         """The same after a step: a resumed case may go on under another strategy."""
@@ -219,6 +235,7 @@ class Case:
     def unsharded_twin(self) -> Case:
         """The same mathematics in one process, in one go: what links 2 and 4 compare the shards with."""
         divisor = self.world if self.proof == "one-hot" else 1
+        # a twin has the same forwards: their gradients are sums, which only lattices have exact in another order
         undisturbed = {name: DEFAULTS[name] for name in WITHOUT_EFFECT} | {"link": "frameworks", "clauses": ()}
         return dataclasses.replace(
             self,
@@ -235,7 +252,10 @@ class Case:
         return self.world if self.proof == "one-hot" else 1
 
 
-WITHOUT_EFFECT = ("param_dtype", "reduce_dtype", "accumulate", "late", "recompute", "resume")
+WITHOUT_EFFECT = (
+    *("param_dtype", "reduce_dtype", "late", "recompute", "resume"),
+    *("replicas", "keep_gathered", "counted"),
+)
 """Fields that must change no result: the wire's dtypes, which adapters are never cast to, and how a step is made."""
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Case)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from parity.case import Case
 from parity.shard import Shard
@@ -32,6 +33,11 @@ class Job:
     """The place's."""
 
 
+def declared(implementation: Any) -> dict[str, Any]:
+    """What an implementation says of itself; who says nothing gives what everyone owes."""
+    return {"units": getattr(implementation, "units", ""), "gives": tuple(getattr(implementation, "gives", ()))}
+
+
 @dataclass(frozen=True)
 class RankAnswer:
     """What one rank gave."""
@@ -41,5 +47,7 @@ class RankAnswer:
     refused: str | None = None
     units: str = ""
     """`layer` where the implementation declares the units of S7, so that its layout can be foretold."""
+    gives: tuple[str, ...] = ()
+    """The kinds of tensor that it declares beside those that everyone owes."""
     said: str = ""
     """What it said of what it was to refuse; empty where it took it."""

@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import Self
 
 from parity.case import UNSHARDED, Case
-from parity.checks.coverage import HeldBy, check_layout, copies_of, frozen_gradients, layout_question, missing_elements
-from parity.checks.expectation import Expectations, from_oracle, from_twin
+from parity.checks.collectives import check_collectives
+from parity.checks.coverage import HeldBy, check_layout, copies_of, frozen_gradients, missing_elements
+from parity.checks.expectation import Expectations, from_itself, from_oracle, from_twin
+from parity.checks.itself import as_declared, unchanged
 from parity.checks.refusal import check_refusal
 from parity.checks.shard_check import Check, check_shard
 from parity.errors import CaseFailed
 from parity.implementations.registry import FILES, JAX_IMPLEMENTATIONS
 from parity.job import Job, RankAnswer
-from parity.oracle.prediction import Predictions
-from parity.report.results import CaseResult
+from parity.oracle.prediction import LayoutQuestion, Predictions
+from parity.report.results import ASIDE, CaseResult, Status, group_of
 from parity.shard import Shard
 from parity.workers.jax_process import Offsets, Oracle
 from parity.workers.lookahead import Ahead
@@ -71,7 +73,7 @@ class Pipeline:
         if case.model == "pretrained" and self._no_model:
             return None
         predictions = None
-        if case.proof not in {"one-hot", "refusal"}:
+        if not case.has_twin and case.proof not in {"refusal", "neutral"}:
             offsets = self._offsets(case, implementation)
             ask = partial(self._oracle.predict, case, offsets, seconds=limit_seconds(case))
             predictions = self._ahead.submit(ask)
@@ -101,7 +103,7 @@ class Pipeline:
     def _run_case(self, case: Case, implementation: str, predictions: Future[Predictions] | None) -> CaseResult:
         start = time.monotonic()
 
-        def result(status: str, checks: Iterable[Check] = (), reason: str = "") -> CaseResult:
+        def result(status: Status, checks: Iterable[Check] = (), reason: str = "") -> CaseResult:
             seconds = time.monotonic() - start
             return CaseResult(
                 case=case,
@@ -124,7 +126,7 @@ class Pipeline:
             return result("error", reason=str(error))
         if not checks:
             return result("error", reason="the implementation gave nothing that could be checked")
-        return result("passed" if all(check.passed for check in checks) else "failed", checks)
+        return result(status_of(checks), checks)
 
     def _run_implementation(self, case: Case, implementation: str) -> list[RankAnswer]:
         job = Job(case, implementation)
@@ -154,18 +156,28 @@ class Pipeline:
         if case.task == "refuse":
             return [check_refusal(case, answer.said) for answer in answers]
         shards = [shard for answer in answers for shard in answer.shards]
-        predicted = predictions.result() if predictions else {}
-        units = answers[0].units if case.task == "train" else ""
-        held_by = partial(copies_of, case) if units else None  # who declares no units may leave a tensor whole
-        if not case.has_twin:
-            return compare(shards, from_oracle(case, predicted), held_by)
-        twin = self._run_twin(case.unsharded_twin(), implementation)
-        checks = compare(shards, from_twin(case, twin, predicted, units=units), held_by)
-        if units and case.strategy != UNSHARDED and case.model == "stack":
-            question = layout_question(case, twin)
+        answer = answers[0]
+        trains = case.task == "train" and case.proof != "neutral"
+        held_by = partial(copies_of, case) if answer.units and trains else None  # else a tensor may be left whole
+        expectations = self._expectations(case, implementation, shards, predictions)
+        checks = compare(shards, expectations, held_by, gives=answer.gives)
+        if trains:
+            checks += [*unchanged(case, shards), *as_declared(case, shards), *check_collectives(case, shards)]
+        if trains and answer.units and case.strategy != UNSHARDED and case.model == "stack":
+            question = LayoutQuestion(layout_case(case))
             layouts = self._ahead.submit(partial(self._oracle.layout, question), urgent=True).result()
-            checks += check_layout(shards, layouts)
+            checks += check_layout(case, shards, layouts)
         return checks
+
+    def _expectations(
+        self, case: Case, implementation: str, shards: list[Shard], predictions: Future[Predictions] | None
+    ) -> Expectations:
+        """By the table of `checks/expectation.py`."""
+        if case.proof == "neutral":
+            return from_itself(case, shards)
+        if case.has_twin:
+            return from_twin(case, self._run_twin(case.unsharded_twin(), implementation))
+        return from_oracle(case, predictions.result() if predictions else {})
 
     def _run_twin(self, twin: Case, implementation: str) -> list[Shard]:
         """What an unsharded case gives: run once for all that compare with it."""
@@ -177,10 +189,25 @@ class Pipeline:
         return self._twins[twin, implementation]
 
 
-def compare(shards: list[Shard], expectations: Expectations, held_by: HeldBy | None = None) -> list[Check]:
+def compare(
+    shards: list[Shard], expectations: Expectations, held_by: HeldBy | None = None, *, gives: tuple[str, ...] = ()
+) -> list[Check]:
     """Each shard against its slice of the expectation; then that nothing is missing, or held too often."""
     checks = [check_shard(shard, expectations[shard.key]) for shard in shards if shard.key in expectations]
-    return [*checks, *missing_elements(shards, expectations, held_by), *frozen_gradients(shards)]
+    return [*checks, *missing_elements(shards, expectations, held_by, gives=gives), *frozen_gradients(shards)]
+
+
+def status_of(checks: list[Check]) -> Status:
+    """`vacuous` where all passed and none could have failed, but those that say nothing of what was computed."""
+    if not all(check.passed for check in checks):
+        return "failed"
+    return "passed" if any(not check.vacuous and group_of(check) not in ASIDE for check in checks) else "vacuous"
+
+
+def layout_case(case: Case) -> Case:
+    """The case less what no layout depends on, so that one answer serves many."""
+    kept = ("link", "model", "proof", "strategy", "world", "layers", "rank", "base", "bias", "method", "replicas")
+    return Case(**{name: getattr(case, name) for name in kept})
 
 
 def limit_seconds(case: Case) -> float:

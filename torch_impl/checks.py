@@ -74,7 +74,7 @@ def _dtype_groups(scene: Scene) -> Iterator[Finding]:
 
 def _gradient_groups(scene: Scene) -> Iterator[Finding]:
     """S7: one requires_grad in a flat parameter without use_orig_params."""
-    if scene.shard.strategy != "fsdp1":
+    if scene.shard.strategy not in ("fsdp1", "fsdp1-hybrid"):
         return
     for unit in scene.plan.units:
         groups = _groups(unit.members, lambda m: m.trainable)

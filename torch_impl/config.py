@@ -14,7 +14,9 @@ from torch_impl.errors import DtypeError, OptionError, RankError, ScalingError, 
 
 ALL_LINEAR = "all-linear"
 Method = Literal["dora", "lora"]
-Strategy = Literal["fsdp2", "fsdp1", "fsdp1-orig", "hsdp", "ddp", "none"]
+Strategy = Literal["fsdp2", "fsdp1", "fsdp1-orig", "fsdp1-hybrid", "hsdp", "ddp", "none"]
+REPLICATED = ("hsdp", "fsdp1-hybrid")
+"""Strategies with replicas of shards (S9)."""
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those that the four-bit decoder writes, too
 STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -28,7 +30,7 @@ class QuantConfig:
         StorageError: a code, blocksize or storage dtype that bitsandbytes doesn't have.
     """
 
-    quant_type: Literal["nf4"] = "nf4"
+    quant_type: Literal["nf4", "fp4"] = "nf4"
     """The codebook (Q2)."""
     blocksize: int = 64
     """Elements that share one absmax (Q1)."""
@@ -38,8 +40,8 @@ class QuantConfig:
     """The dtype the packed bytes are viewed as (Q3): a floating one, so that a flat parameter may hold them (S7)."""
 
     def __post_init__(self) -> None:
-        if self.quant_type != "nf4":
-            raise StorageError(f"quant_type {self.quant_type!r} is not supported", hint='use quant_type="nf4"')
+        if self.quant_type not in ("nf4", "fp4"):
+            raise StorageError(f"quant_type {self.quant_type!r} is not supported", hint='use "nf4" or "fp4"')
         if self.blocksize not in BLOCKSIZES:
             raise StorageError(
                 f"blocksize {self.blocksize} is not one of bitsandbytes'", hint=f"use one of {BLOCKSIZES}"
@@ -124,13 +126,16 @@ class ShardConfig:
 
     strategy: Strategy = "fsdp2"
     """`fsdp1` is torch's FSDP, `fsdp1-orig` the same with `use_orig_params=True`, `fsdp2` is `fully_shard`, `hsdp` is
-    `fully_shard` on a mesh of replicas and shards (S9), `ddp` replicates, `none` leaves the model as it is."""
+    `fully_shard` on a mesh of replicas and shards and `fsdp1-hybrid` is fsdp1's HYBRID_SHARD (S9), `ddp` replicates,
+    `none` leaves the model as it is."""
     param_dtype: torch.dtype | None = None
     """What dense weights, norms and embeddings are gathered as; never adapters (D11), never packed bytes (S6)."""
     reduce_dtype: torch.dtype | None = None
     """What gradients of anything but adapters are reduced in; adapters reduce in float32 (D11)."""
     shard_size: int | None = None
-    """`hsdp` only: ranks that share one copy; None is half of the world, or all of an odd one."""
+    """`hsdp` and `fsdp1-hybrid`: ranks that share one copy; None is half of the world, or all of an odd one."""
+    reshard_after_forward: bool = True
+    """Whether what was gathered for the forward is freed after it, and gathered again in the backward pass."""
     cpu_offload: bool = False
     """`fsdp2` and `hsdp` on GPUs: shards stay in host memory between uses."""
 

@@ -10,7 +10,7 @@ no output that needs a gradient. Rank 0 holds the largest shards, so it is the o
 
 from dataclasses import asdict, dataclass
 
-from torch_impl.config import ShardConfig
+from torch_impl.config import REPLICATED, ShardConfig
 from torch_impl.units import Plan, Unit, shard_numel
 
 OPTIMIZER_COPIES = 2
@@ -136,7 +136,7 @@ def _wire(unit: Unit, shard: ShardConfig, *, world_size: int, size: int) -> int:
     """Bytes a rank sends for one unit in one step."""
     replicas = world_size // size
     reduced = _whole_bytes(unit, shard, size=size, gradients=True)
-    across = 2 * reduced // size * (replicas - 1) // replicas if shard.strategy in ("ddp", "hsdp") else 0
+    across = 2 * reduced // size * (replicas - 1) // replicas if shard.strategy in ("ddp", *REPLICATED) else 0
     if size == 1:
         return across
     gathers = 1 if unit.rule in ("root", "bias") else 2

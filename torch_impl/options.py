@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from torch_impl.config import ALL_LINEAR, DoraConfig, Method, QuantConfig, ShardConfig, Strategy
+from torch_impl.config import ALL_LINEAR, REPLICATED, DoraConfig, Method, QuantConfig, ShardConfig, Strategy
 from torch_impl.errors import OptionError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -121,8 +121,9 @@ class TrainOptions:
         """An option that would do nothing beside the others was meant to do something."""
         if self.cpu_offload and not torch.cuda.is_available():
             raise OptionError("--cpu-offload without a GPU moves nothing", hint="leave it out")
-        if self.shard_size is not None and self.strategy != "hsdp":
-            raise OptionError(f"--shard-size {self.shard_size} is hsdp's", hint="use --strategy hsdp, or leave it out")
+        if self.shard_size is not None and self.strategy not in REPLICATED:
+            hint = "use --strategy hsdp or fsdp1-hybrid, or leave it out"
+            raise OptionError(f"--shard-size {self.shard_size} needs replicas", hint=hint)
         if self.eval_every and not self.eval_fraction:
             raise OptionError(
                 f"--eval-every {self.eval_every} has nothing to read", hint="give --eval-fraction 0.1, say"

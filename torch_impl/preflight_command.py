@@ -36,7 +36,7 @@ class PreflightOptions:
     """Ranks of the run."""
     json: Path | None = None
     """Write the report here as well."""
-    strategy: Literal["all", "fsdp2", "fsdp1", "fsdp1-orig", "hsdp", "ddp", "none"] = "all"
+    strategy: Literal["all", "fsdp2", "fsdp1", "fsdp1-orig", "fsdp1-hybrid", "hsdp", "ddp", "none"] = "all"
     """One strategy, or each that fits the world size."""
     shard_size: int | None = None
     """hsdp: ranks that share one copy."""

@@ -29,11 +29,12 @@ from torch.distributed.fsdp import (
     FullyShardedDataParallel,
     MixedPrecision,
     MixedPrecisionPolicy,
+    ShardingStrategy,
     fully_shard,
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from torch_impl.config import ShardConfig
+from torch_impl.config import REPLICATED, ShardConfig
 from torch_impl.errors import ShardingError, StorageError
 from torch_impl.layers import DoraLayer
 from torch_impl.shards import is_sharded
@@ -97,7 +98,10 @@ def _fully_shard(model: nn.Module, config: ShardConfig) -> Wrap:
             param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=cast_inputs
         )
         offload = {"offload_policy": CPUOffloadPolicy()} if config.cpu_offload else {}
-        return cast("nn.Module", fully_shard(module, mesh=mesh, mp_policy=policy, **offload))
+        kept = config.reshard_after_forward
+        return cast(
+            "nn.Module", fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=kept, **offload)
+        )
 
     return wrap
 
@@ -106,11 +110,11 @@ def shard_size(config: ShardConfig, *, world_size: int) -> int:
     """How many ranks share one copy of the parameters under `config`: 1 where nothing is cut.
 
     Raises:
-        ShardingError: `hsdp` with a shard size that doesn't divide the world.
+        ShardingError: replicas with a shard size that doesn't divide the world.
     """
     if config.strategy in ("ddp", "none"):
         return 1
-    if config.strategy != "hsdp":
+    if config.strategy not in REPLICATED:
         return world_size
     size = config.shard_size or (world_size // 2 if world_size % 2 == 0 else world_size)
     if world_size % size:
@@ -123,7 +127,7 @@ def shard_size(config: ShardConfig, *, world_size: int) -> int:
 def _mesh(device: str, config: ShardConfig) -> DeviceMesh:
     """All ranks in one row; for `hsdp` replicas of rows."""
     world_size = distributed.get_world_size()
-    if config.strategy != "hsdp":
+    if config.strategy not in REPLICATED:
         return init_device_mesh(device, (world_size,))
     size = shard_size(config, world_size=world_size)
     return init_device_mesh(device, (world_size // size, size), mesh_dim_names=("replica", "shard"))
@@ -133,6 +137,8 @@ def _flat_wrap(model: nn.Module, config: ShardConfig) -> Wrap:
     """FSDP1: each unit is one flat parameter, cut into equal ranges (S2)."""
     device = _device(model)
     original = config.strategy == "fsdp1-orig"
+    mesh = _mesh(device.type, config) if config.strategy in REPLICATED else None
+    cut = _CUTS[mesh is not None, config.reshard_after_forward]
 
     def wrap(module: nn.Module, *, param_dtype: torch.dtype | None, cast_inputs: bool) -> nn.Module:
         _refuse_mixed(module, original=original)
@@ -148,10 +154,24 @@ def _flat_wrap(model: nn.Module, config: ShardConfig) -> Wrap:
             # at world size 1 torch turns every strategy into NO_SHARD and says so for each unit
             warnings.filterwarnings("ignore", message="FSDP is switching to use `NO_SHARD`")
             return FullyShardedDataParallel(
-                module, device_id=device, use_orig_params=original, mixed_precision=None if unset else policy
+                module,
+                device_id=device,
+                use_orig_params=original,
+                mixed_precision=None if unset else policy,
+                sharding_strategy=cut,
+                device_mesh=mesh,
             )
 
     return wrap
+
+
+_CUTS = {
+    (False, True): ShardingStrategy.FULL_SHARD,
+    (False, False): ShardingStrategy.SHARD_GRAD_OP,
+    (True, True): ShardingStrategy.HYBRID_SHARD,
+    (True, False): ShardingStrategy._HYBRID_SHARD_ZERO2,  # noqa: SLF001 - the only name that torch gives it
+}
+"""By (replicas, reshard after forward): what torch calls it."""
 
 
 def _block_names(model: nn.Module) -> Iterator[str]:

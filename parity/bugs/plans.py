@@ -36,7 +36,7 @@ PLANS = {
     ),
     "MagnitudeDtype": Plan(_UNSHARDED, _MATRICES),
     "BiasScaled": Plan("stack/bound/torch_impl/none-w1/uneven/float32-float32/bias", (("gradient", "magnitude"),)),
-    "DropoutOnFactorsOnly": Plan("stack/lattice/torch_impl/none-w1/uneven/float32-float32/dropout", _GRADIENTS),
+    "DropoutOnFactorsOnly": Plan("stack/lattice/torch_impl/none-w1/uneven/float32-float32/dropout-0.5", _GRADIENTS),
     "NibbleSwap": Plan("codec and uneven/nf4-float32/plain", (("packed", "weight"), ("decoded", "weight"))),
     "Nf4TieUp": Plan("codec and ties", (("packed", "weight"), ("decoded", "weight"))),
     "BlocksByRow": Plan("checkpoint/files/torch_impl/none-w1/llama/nf4-float32/written", (("decoded", "weight"),)),

@@ -21,19 +21,26 @@ def stack_case(shape: Shape, **fields: Any) -> Case:
     clauses += ["D8"] if fields.get("bias") else []
     clauses += ["D9"] if fields.get("dropout") else []
     clauses += ["D12"] if fields.get("zero_b") else []
-    clauses += ["Q4", "Q6", "D6"] if fields.get("base") == "nf4" else []
+    clauses += ["Q4", "D6"] if fields.get("base") in {"nf4", "fp4"} else []
+    clauses += ["Q6"] if fields.get("base") in {"nf4", "fp4"} and not fields.get("flat") else []
     clauses += ["T3"] if fields["proof"] not in {"start", "root"} else []
     clauses += _training_clauses(fields)
     if fields.get("strategy", UNSHARDED) != UNSHARDED:
         clauses += SHARDED if fields["strategy"] != "ddp" else ["S3"]
         clauses += ["S2"] if fields["strategy"].startswith("fsdp1") else []
+        clauses += ["T5"] if fields.get("late") else []
         clauses += _mesh_clauses(fields["strategy"])
         clauses += ["S4"] if fields["strategy"] == "shard-map" else []  # the one form that takes norms locally
         clauses += ["S8"] if fields["strategy"] == "fsdp1-orig" else []  # where reading from outside raises
-        clauses += ["S6"] if fields.get("base") == "nf4" else []
+        clauses += ["S6"] if fields.get("base") in {"nf4", "fp4"} else []
+    if fields["proof"] == "neutral":
+        clauses = ["D12", "D8"]
+    if fields["proof"] == "one-hot":  # a twin is the same code: it shows how that is sharded, not that it is right
+        clauses = [clause for clause in clauses if clause[0] in "ST" or clause == "D11"]
+    clauses = list(dict.fromkeys(clauses))
     scaling = shape.scaling
     if fields["proof"] in {"lattice", "root"}:
-        scaling = shape.packed_lattice_scaling if fields.get("base") == "nf4" else DENSE_LATTICE_SCALING
+        scaling = shape.packed_lattice_scaling if fields.get("base") in {"nf4", "fp4"} else DENSE_LATTICE_SCALING
     divisor = math.sqrt(shape.rank) if fields.get("rank_stabilized") else shape.rank
     fields = {"rank": shape.rank, "alpha": scaling * divisor, **fields}
     return Case(model="stack", layers=shape.layers, shape_name=shape.name, clauses=tuple(clauses), **fields)
@@ -42,7 +49,7 @@ def stack_case(shape: Shape, **fields: Any) -> Case:
 def _mesh_clauses(strategy: str) -> list[str]:
     """S9 where there are replicas, S10 where there are tensor ranks."""
     if not strategy.startswith("mesh-"):
-        return ["S9"] if strategy in {"hsdp", "ddp"} else []
+        return ["S9"] if strategy in {"hsdp", "fsdp1-hybrid", "ddp"} else []
     replicate, _, tensor = map(int, strategy.removeprefix("mesh-").split("x"))
     return [*(["S9"] if replicate > 1 else []), *(["S10"] if tensor > 1 else [])]
 

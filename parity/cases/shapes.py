@@ -5,7 +5,7 @@ A layer is `(in, out)`. `out` is no multiple of 2, 3 or 4 anywhere; r is below t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DENSE_LATTICE_SCALING = 3.0
 """A small integer, so that lattices stay exact."""
@@ -34,6 +34,7 @@ PADDED = Shape(
 THIN = Shape("thin", ((40, 27), (27, 30)), 2, 2.5, 4.0, "r below the world size: ranks with an empty shard of A")
 SINGLE_ROW = Shape("single-row", ((64, 1),), 2, 1.5, 3.0, "out = 1: ranks with empty shards of B and the magnitude")
 
+DEEP = Shape("deep", ((24, 20), (20, 18), (18, 15)), 2, 1.5, 1.0, "three layers, so that one is neither first nor last")
 ODD = Shape("odd", ((67, 33), (33, 19)), 3, 5 / 3, 1.0, "odd element counts: the last byte carries one nibble")
 MANY_BLOCKS = Shape("many-blocks", ((160, 104),), 2, 1.5, 1.0, "260 blocks: a second nested block (Q6)")
 
@@ -45,5 +46,11 @@ LLAMA = Shape(
     1.0,
     "q, k, v, o, gate, up, down, embedding, head: rows of 80 and 211 cut blocks, a second nested one, cut short",
 )
+
+
+def layer_of(shape: Shape, position: int) -> Shape:
+    """One layer of a stack alone."""
+    return replace(shape, name=f"{shape.name}-{position}", layers=shape.layers[position : position + 1])
+
 
 SHAPES = (UNEVEN, PADDED, THIN, SINGLE_ROW)

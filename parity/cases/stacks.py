@@ -10,7 +10,7 @@ from typing import Any
 
 from parity.case import Case
 from parity.cases.declared import LAYER, stack_case
-from parity.cases.shapes import ODD, PADDED, SHAPES, SINGLE_ROW, THIN, UNEVEN, Shape
+from parity.cases.shapes import DEEP, ODD, PADDED, SHAPES, SINGLE_ROW, THIN, UNEVEN, Shape, layer_of
 
 _STRATEGIES = ("fsdp1", "fsdp1-orig", "fsdp2")
 _PRECISIONS = (
@@ -31,6 +31,13 @@ def stack_cases(tier: str) -> list[Case]:
         *_one_hot(tier),
         *_replicas(),
         *_dropout(),
+        *_bfloat16(),
+        *_neutral(),
+        *_storages(),
+        *_methods(),
+        *_meshes(),
+        *_worlds(tier),
+        *_counted(),
         *_bounded(tier),
         *_start(),
         *_jax(),
@@ -48,13 +55,17 @@ def _unsharded() -> Iterator[Case]:
     for shape, (base, compute) in product(SHAPES, _PRECISIONS):
         yield stack_case(shape, link="frameworks", proof="bound", base=base, compute=compute, steps=2)
     for features in _FEATURES:
-        if features.get("activation") != "relu":
-            yield stack_case(UNEVEN, link="frameworks", proof="bound", steps=2, **features)
+        # a ReLU whose input lies near 0 may flip, and every later step inherits that: one step
+        steps = 1 if features.get("activation") == "relu" else 2
+        yield stack_case(UNEVEN, link="frameworks", proof="bound", steps=steps, **features)
+    for proof in ("lattice", "bound"):
+        yield stack_case(DEEP, link="frameworks", proof=proof)
 
 
 _FEATURES: tuple[dict[str, Any], ...] = (
     {"bias": True},
     {"zero_rows": True},
+    {"zero_rows": True, "bias": True},
     {"zero_b": True},
     {"bias": True, "activation": "relu"},
 )
@@ -122,7 +133,7 @@ def _replicas() -> Iterator[Case]:
 
 def _dropout() -> Iterator[Case]:
     """D9, with given masks: bitwise against the oracle, and under every strategy against the same code unsharded."""
-    common = {"proof": "lattice", "dropout": True}
+    common = {"proof": "lattice", "dropout": 0.5}
     for shape, base in product((UNEVEN, THIN), ("float32", "nf4")):
         yield stack_case(shape, link="frameworks", base=base, **common)
     for features in _FEATURES:
@@ -132,7 +143,7 @@ def _dropout() -> Iterator[Case]:
         yield stack_case(UNEVEN, bias=True, **at, **common)
         for base, compute in _PRECISIONS[::2] if strategy in _STRATEGIES else ():
             precision = {"base": base, "compute": compute}
-            yield stack_case(UNEVEN, proof="one-hot", steps=world, dropout=True, **precision, **at)
+            yield stack_case(UNEVEN, proof="one-hot", steps=world, dropout=0.5, **precision, **at)
 
 
 def _bounded(tier: str) -> Iterator[Case]:
@@ -141,6 +152,106 @@ def _bounded(tier: str) -> Iterator[Case]:
     worlds = (2, 3, 4, 8) if tier == "full" else (2, 4)
     for shape, strategy, world, base in product(shapes, _STRATEGIES, worlds, ("float32", "nf4")):
         yield stack_case(shape, link="shards", proof="bound", strategy=strategy, world=world, base=base, steps=2)
+
+
+def _bfloat16() -> Iterator[Case]:
+    """Compute in bfloat16, bitwise: lattices whose every product and sum it holds, alone and on ranks that add them up.
+
+    Two layers certify in four bits alone; odd worlds multiply the cotangent by what bfloat16 does not hold.
+    """
+    narrow = {"proof": "lattice", "compute": "bfloat16"}
+    layers = [layer_of(shape, position) for shape in SHAPES for position in range(len(shape.layers))]
+    for layer, base in product(layers, ("bfloat16", "nf4")):
+        yield stack_case(layer, link="frameworks", base=base, **narrow)
+    yield stack_case(UNEVEN, link="frameworks", base="nf4", tokens=8, **narrow)
+    last = layer_of(UNEVEN, 1)
+    for base, features in product(("bfloat16", "nf4"), _NARROW_FEATURES):
+        yield stack_case(last, link="frameworks", base=base, tokens=8, **features, **narrow)
+    for (strategy, world), base in product(_PLACES, ("bfloat16", "nf4")):
+        yield stack_case(last, link="shards", base=base, strategy=strategy, world=world, **narrow)
+    for strategy, world in (("fsdp1", 2), ("fsdp2", 2), ("hsdp", 4)):
+        wire = {"param_dtype": "bfloat16", "reduce_dtype": "bfloat16"}
+        yield stack_case(last, link="shards", base="bfloat16", strategy=strategy, world=world, **wire, **narrow)
+
+
+_PLACES = (("fsdp1", 2), ("fsdp1-orig", 2), ("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("ddp", 2))
+"""Strategies at worlds that are powers of two."""
+_NARROW_FEATURES: tuple[dict[str, Any], ...] = (
+    {"bias": True},
+    {"zero_rows": True, "bias": True},
+    {"zero_b": True},
+    {"dropout": 0.5},
+)
+
+
+def _neutral() -> Iterator[Case]:
+    """D12: a fresh adapter's output is the plain layer's, to the bit, whatever it is computed in and wherever."""
+    fresh = {"proof": "neutral", "zero_b": True, "bias": True}
+    for base, compute in _PRECISIONS:
+        yield stack_case(UNEVEN, link="frameworks", base=base, compute=compute, **fresh)
+    for strategy, base in product(_STRATEGIES, ("float32", "nf4")):
+        yield stack_case(UNEVEN, link="shards", strategy=strategy, world=2, base=base, **fresh)
+
+
+def _storages() -> Iterator[Case]:
+    """Q1, Q2, Q6 in training: FP4, scales that are not nested, and blocks of another size."""
+    forms = ({"base": "fp4"}, {"base": "nf4", "flat": True}, {"base": "nf4", "blocksize": 128})
+    for form in forms:
+        yield stack_case(UNEVEN, link="frameworks", proof="lattice", **form)
+        yield stack_case(UNEVEN, link="frameworks", proof="bound", steps=2, **form)
+        yield stack_case(UNEVEN, link="shards", proof="one-hot", strategy="fsdp2", world=3, steps=3, **form)
+        yield stack_case(UNEVEN, link="shards", proof="lattice", strategy="fsdp1", world=2, **form)
+
+
+def _methods() -> Iterator[Case]:
+    """The same layers without a magnitude, `method="lora"`: y = x W' + s (x A') B' + b."""
+    lora = {"method": "lora", "bias": True}
+    for base in ("float32", "nf4"):
+        yield stack_case(UNEVEN, link="frameworks", proof="lattice", base=base, **lora)
+        yield stack_case(UNEVEN, link="shards", proof="lattice", base=base, strategy="fsdp2", world=2, **lora)
+        one_hot = {"proof": "one-hot", "strategy": "fsdp1", "world": 3, "steps": 3}
+        yield stack_case(UNEVEN, link="shards", base=base, compute="bfloat16", **one_hot, **lora)
+
+
+def _meshes() -> Iterator[Case]:
+    """S9: every mesh of replicas and shards up to eight ranks, with narrow wires that must not reach adapters (D11)."""
+    for (replicas, shards), strategy in product(((2, 3), (3, 2), (4, 2)), ("hsdp", "fsdp1-hybrid")):
+        world = replicas * shards
+        at = {"link": "shards", "strategy": strategy, "world": world, "replicas": replicas}
+        yield stack_case(UNEVEN, proof="lattice", base="nf4", **at)
+    for (replicas, shards), strategy in product(((2, 2), (2, 3), (3, 2)), ("hsdp", "fsdp1-hybrid")):
+        at = {"link": "shards", "strategy": strategy, "world": replicas * shards, "replicas": replicas}
+        narrow = {"compute": "bfloat16", "param_dtype": "bfloat16", "reduce_dtype": "bfloat16"}
+        if replicas == shards:  # else an axis of 3 divides by itself, and rounds where the twin does not
+            yield stack_case(UNEVEN, proof="one-hot", steps=4, **narrow, **at)
+        yield stack_case(UNEVEN, proof="bound", steps=2, reduce_dtype="bfloat16", **at)
+    for strategy, world in (("fsdp1", 2), ("fsdp1-orig", 2), ("fsdp2", 2), ("hsdp", 4), ("fsdp1-hybrid", 4)):
+        at = {"link": "shards", "strategy": strategy, "world": world, "keep_gathered": True}
+        yield stack_case(UNEVEN, proof="one-hot", base="nf4", steps=world, **at)
+
+
+def _worlds(tier: str) -> Iterator[Case]:
+    """S1, S2 at the other worlds; at 16 and with fewer tokens than ranks some ranks have nothing at all."""
+    worlds = (5, 6, 7, 8, 16) if tier == "full" else (5,)
+    for world, strategy in product(worlds, _STRATEGIES):
+        base = "nf4" if world % 2 else "float32"
+        yield stack_case(UNEVEN, link="shards", proof="lattice", strategy=strategy, world=world, base=base)
+    for strategy in _STRATEGIES:
+        yield stack_case(UNEVEN, link="shards", proof="lattice", strategy=strategy, world=3, tokens=2)
+
+
+_COUNTED = (("fsdp1", 2), ("fsdp1-orig", 2), ("fsdp2", 2), ("hsdp", 4), ("fsdp1-hybrid", 4))
+"""Strategies whose collectives torch's dispatcher sees; DDP's reducer goes past it."""
+
+
+def _counted() -> Iterator[Case]:
+    """S7, S9, S11: how often a step gathers and reduces, which says what the units are."""
+    for strategy, world in _COUNTED:
+        at = {"link": "shards", "strategy": strategy, "world": world, "counted": True}
+        yield stack_case(UNEVEN, proof="lattice", bias=True, **at)
+        yield stack_case(UNEVEN, proof="lattice", keep_gathered=True, **at)
+        for late in (False, True):
+            yield stack_case(UNEVEN, proof="lattice", tokens=32, accumulate=3, late=late, **at)
 
 
 def _start() -> Iterator[Case]:

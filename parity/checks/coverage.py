@@ -10,44 +10,55 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from parity.case import Case
-from parity.checks.expectation import Expectations, is_frozen, required
-from parity.checks.shard_check import Check
-from parity.oracle.prediction import Key, LayoutQuestion, Layouts
+from parity.checks.clauses import clauses_of
+from parity.checks.expectation import OBSERVED, PER_TOKEN, Expectations, is_frozen, required
+from parity.checks.shard_check import Check, failure
+from parity.oracle.prediction import Key, Layouts
 from parity.shard import Shard, describe_index
 
-EVERYWHERE = ("offset",)
-"""Kinds of shard that are the whole of a quant state: every rank has it (S6)."""
+EVERYWHERE = ("offset", *OBSERVED)
+"""Kinds that every rank has whole: of a quant state (S6), and what a layer computes from gathered parameters."""
 HeldBy = Callable[[Key], int]
 """From a tensor at a step to the number of ranks that hold each element of it."""
 
 
 def copies_of(case: Case, key: Key) -> int:
-    """One, or as many as there are replicas after that step (S9); of a quant state as many as there are ranks (S6)."""
+    """One, or as many as there are replicas after that step (S9); where every rank has it, the world size."""
     step, kind, _ = key
+    if kind in PER_TOKEN:
+        return 1
     return case.world if kind in EVERYWHERE else case.copies_at(step)
 
 
-def missing_elements(shards: Iterable[Shard], expectations: Expectations, held_by: HeldBy | None = None) -> list[Check]:
+def missing_elements(
+    shards: Iterable[Shard], expectations: Expectations, held_by: HeldBy | None = None, *, gives: tuple[str, ...] = ()
+) -> list[Check]:
     """A failed check for each tensor that the ranks do not give in full, or not as often as `held_by` says.
 
-    None leaves open how often: then all elements of a tensor must lie on equally many ranks.
+    None leaves open how often: then all elements of a tensor must lie on equally many ranks. `gives` is what the
+    implementation declares beside gradients, parameters and state.
     """
     held: dict[Key, np.ndarray] = {
-        key: np.zeros(expectations[key].value.shape, dtype=np.int16) for key in required(expectations)
+        key: np.zeros(expectations[key].value.shape, dtype=np.int16) for key in required(expectations, gives)
     }
     for shard in shards:
         if shard.key in held:
             _count(held[shard.key], shard)
     faults = ((key, _fault(counts, held_by and held_by(key))) for key, counts in sorted(held.items()))
-    return [_failure(key, -1, f"coverage: {said}", worst=float(lost)) for key, (lost, said) in faults if lost]
+    return [
+        failure(key, -1, f"coverage: {said}", worst=float(lost), clauses=expectations[key].clauses)
+        for key, (lost, said) in faults
+        if lost
+    ]
 
 
 def frozen_gradients(shards: Iterable[Shard]) -> list[Check]:
     """A failed check for each frozen tensor that has a gradient: an optimizer would train it."""
-    trained = {(shard.rank, shard.step, shard.name) for shard in shards if shard.kind == "gradient"}
-    return [
-        _failure((step, "gradient", name), rank, "frozen") for rank, step, name in sorted(trained) if is_frozen(name)
-    ]
+    trained = {
+        (shard.rank, shard.step, shard.name) for shard in shards if shard.kind == "gradient" and is_frozen(shard)
+    }
+    fault = "a frozen tensor has a gradient"
+    return [failure((step, "gradient", name), rank, fault) for rank, step, name in sorted(trained)]
 
 
 def _count(counts: np.ndarray, shard: Shard) -> None:
@@ -69,60 +80,41 @@ def _fault(counts: np.ndarray, copies: int | None) -> tuple[int, str]:
     return wrong.size, f"{wrong.size} of {counts.size} elements on {often} ranks, wanted {wanted}"
 
 
-def _failure(key: Key, rank: int, mode: str, *, worst: float = float("inf")) -> Check:
-    step, kind, name = key
-    return Check(
-        tensor=name,
-        kind=kind,
-        step=step,
-        rank=rank,
-        index=(),
-        mode=mode,
-        worst=worst,
-        limit=0.0,
-        ratio=None,
-        passed=False,
-    )
-
-
-def layout_question(case: Case, twin: Iterable[Shard]) -> LayoutQuestion:
-    """What to ask: the unsharded twin says which parameters there are, in registration order."""
-    members = tuple(
-        (shard.name, tuple(shard.global_shape), shard.array.dtype.itemsize)
-        for shard in twin
-        if shard.kind == "parameter" and shard.step == 0
-    )
-    return LayoutQuestion(case.strategy, case.world, case.copies, members)
-
-
-def check_layout(shards: Iterable[Shard], layouts: Layouts) -> list[Check]:
+def check_layout(case: Case, shards: Iterable[Shard], layouts: Layouts) -> list[Check]:
     """Where each rank says its parameters lie, against S1 and S2."""
+    clauses = clauses_of(case, (0, "layout", ""), "layout")
     held = [shard for shard in shards if shard.kind == "parameter" and shard.step == 0]
     absent = sorted(set(layouts) - {(shard.name, shard.rank) for shard in held})
+    unknown = [shard for shard in held if (shard.name, shard.rank) not in layouts]
+    said = {"against": "layout", "clauses": clauses}
     return [
         *(
-            _place_check(shard, layouts[shard.name, shard.rank])
+            _place_check(shard, layouts[shard.name, shard.rank], clauses)
             for shard in held
             if (shard.name, shard.rank) in layouts
         ),
-        *(_failure((0, "layout", name), rank, "layout: this rank says nothing of it") for name, rank in absent),
+        *(failure((0, "layout", name), rank, "this rank says nothing of it", **said) for name, rank in absent),
+        *(failure((0, "layout", s.name), s.rank, "the reference knows no such parameter", **said) for s in unknown),
     ]
 
 
-def _place_check(shard: Shard, wanted: tuple[slice, ...]) -> Check:
-    passed = _range(shard.index, shard.global_shape) == _range(wanted, shard.global_shape)
-    said = "layout" if passed else f"layout: wanted {describe_index(wanted)}"
+def _place_check(shard: Shard, wanted: tuple[slice, ...], clauses: tuple[str, ...]) -> Check:
+    if _range(shard.index, shard.global_shape) != _range(wanted, shard.global_shape):
+        about = {"index": shard.index, "against": "layout", "clauses": clauses}
+        return failure((0, "layout", shard.name), shard.rank, f"wanted {describe_index(wanted)}", **about)
     return Check(
         tensor=shard.name,
         kind="layout",
         step=0,
         rank=shard.rank,
         index=shard.index,
-        mode=said,
-        worst=0.0 if passed else float("inf"),
+        mode="bits",
+        worst=0.0,
         limit=0.0,
-        ratio=0.0 if passed else None,
-        passed=passed,
+        ratio=0.0,
+        passed=True,
+        against="layout",
+        clauses=clauses,
     )
 
 

@@ -1,74 +1,164 @@
-"""From a case, what the oracle predicts and what the unsharded twin gave, to the expectation of each tensor.
+"""What is compared with what, in one table: from a case, the oracle and the twin to each tensor's expectation.
 
-Link 2 (shards) compares with the same framework's unsharded result; links 1 and 3 compare with the oracle. Modes by
-proof: lattice and one-hot are bitwise, root allows a unit in the last place, bound has an array of limits, sensitivity
-a limit on the 2-norm, decode and frozen weights every bit.
+A *lattice* is a set of inputs on which every sum is exact in any order. In a *one-hot* case all ranks but one have a
+zero loss, so that no sum over ranks has two terms. A *twin* is the same case run unsharded by the same implementation:
+what agrees with it is sharded rightly, and may still be wrong; only the oracle, which shares no code with what it
+judges, says that it is right.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
 
 from parity.case import Case
-from parity.checks.shard_check import Expected
+from parity.checks.clauses import clauses_of
+from parity.checks.shard_check import Against, Expected, Mode
 from parity.errors import CaseFailed
+from parity.inputs.deal import deal_tokens
 from parity.oracle.prediction import Key, Prediction, Predictions
 from parity.shard import Shard
 
 ROOT_ULPS = 1.0
 """A square root of an exact number: half a unit where it is correctly rounded, one where it is faithful."""
+COARSEST = {"float32": 1e-3, "float64": 1e-3, "bfloat16": 2e-2}
+"""By compute dtype: the uniform relative error that a check must see, or it is vacuous."""
+PER_TOKEN = ("output", "input_gradient", "loss")
+"""Kinds that belong to the tokens of one rank, and are sharded as they are."""
+OBSERVED = ("norm", "ratio")
+"""Kinds that a layer computes from gathered parameters: every rank has them whole."""
+OWN = ("setting", "generator", "digest", "collectives")
+"""Kinds that are a run's own, and compared with what it declared or with itself (`checks/itself.py`)."""
+FACTORS = ("lora_A", "lora_B", "magnitude")
 
 Expectations = dict[Key, Expected]
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A row of the table."""
+
+    against: Against
+    mode: Mode
+
+
+TABLE: dict[str, Comparison] = {
+    "lattice": Comparison("oracle", "bitwise"),
+    "one-hot": Comparison("twin", "bitwise"),
+    "bound": Comparison("oracle", "bound"),
+    "start": Comparison("oracle", "bound"),
+    "root": Comparison("oracle", "ulp"),
+    "sensitivity": Comparison("oracle", "norm"),
+    "decode": Comparison("oracle", "bits"),
+    "files": Comparison("oracle", "bits"),
+    "neutral": Comparison("itself", "bitwise"),
+}
+"""By proof, for what trains. Three things depart from it: a lattice on which a root or a moment takes part is bounded
+(`Case.is_exact`); sharded merges and starts are compared with the twin (`Case.has_twin`); and frozen weights, sharded
+or not, with the bits that the oracle packs, and with themselves before the first step."""
+
+
 def from_oracle(case: Case, predictions: Predictions) -> Expectations:
-    """Links 1 and 3, and the codec."""
-    return {
+    """What the reference says."""
+    expectations = {
         key: _against_oracle(case, key, prediction)
         for key, prediction in predictions.items()
-        if case.link != "algebra" or key[1] == "gradient"  # link 1 is about derivatives; its routes take no step
+        if case.link != "algebra" or key[1] in {"gradient", "input_gradient"}  # link 1 is about derivatives alone
     }
+    return _without_repeats(case, expectations)
 
 
-def from_twin(case: Case, twin: list[Shard], predictions: Predictions, *, units: str = "") -> Expectations:
-    """Link 2: the unsharded result of the same implementation, frozen weights included.
-
-    `units` is what the implementation declares: with S7's, `layer`, it owes the base weights too.
+def from_twin(case: Case, twin: list[Shard]) -> Expectations:
+    """What the same implementation gave unsharded.
 
     Raises:
         CaseFailed: that result lacks a tensor; leaving it out everywhere is no way to pass.
     """
-    missed = sorted((owed(case) | (_owed_bases(case) if units == "layer" else set())) - {shard.key for shard in twin})
+    missed = sorted(owed(case) - {shard.key for shard in twin})
     if missed:
         step, kind, name = missed[0]
         raise CaseFailed(f"unsharded, it gives no {kind} of {name} at step {step}; {len(missed)} tensors are missing")
-    start = {shard.name: shard for shard in twin if shard.step == 0 and is_frozen(shard.name)}
-    return {
-        shard.key: _against_twin(case, start.get(shard.name, shard), predictions.get(shard.key))
+    expectations = {
+        shard.key: Expected(
+            value=shard.array,
+            mode="bits" if is_frozen(shard) else "bitwise",
+            against="twin",
+            clauses=clauses_of(case, shard.key, "twin"),
+            dtype=shard.array.dtype.name,
+            coarsest=COARSEST[case.compute],
+        )
         for shard in twin
-        if not (shard.kind == "gradient" and is_frozen(shard.name))  # `compare` refuses it wherever it comes from
+        if shard.kind not in (*OWN, *(OBSERVED if case.recompute else ()))  # the twin does not compute anything twice
+        and not (shard.kind == "gradient" and is_frozen(shard))  # `frozen_gradients` refuses it wherever it comes from
+    }
+    return _without_repeats(case, expectations)
+
+
+def from_itself(case: Case, shards: list[Shard]) -> Expectations:
+    """D12: a fresh adapter gives the plain layer's output, which the implementation computes beside it, to the bit."""
+    plain = {shard.step: shard for shard in shards if shard.kind == "plain" and shard.rank == 0}
+    return {
+        (step, "output", "y"): Expected(
+            value=shard.array,
+            mode="bits",
+            against="itself",
+            clauses=clauses_of(case, (step, "output", "y"), "itself"),
+            dtype=shard.array.dtype.name,
+        )
+        for step, shard in plain.items()
     }
 
 
 def _against_oracle(case: Case, key: Key, prediction: Prediction) -> Expected:
-    if case.proof in {"decode", "files"}:
+    row, kind = TABLE[case.proof], key[1]
+    about = {
+        "clauses": clauses_of(case, key, "oracle"),
+        "dtype": dtype_of(case, key),
+        "coarsest": COARSEST[case.compute],
+    }
+    value, limit = _seen_by_ranks(case, key, prediction)
+    if (key[1] == "parameter" and is_frozen_name(key[2])) or row.mode == "bits":
         # FP4's code 8 is a second 0, whose sign bitsandbytes gives it or not by the length of the rows (Q4)
-        signless = case.base == "fp4" and key[1] == "decoded"
-        return Expected(value=prediction.value, mode="bitwise" if signless else "bits")
+        signless = case.base == "fp4" and kind == "decoded"
+        return Expected(value=value, mode="bitwise" if signless else "bits", **about)
     if case.is_exact:
-        return Expected(value=_exactly_float32(case, key, prediction.value), mode="bitwise")
-    if case.proof == "root":
-        return Expected(value=prediction.value, mode="ulp", limit=ROOT_ULPS)
-    mode = "norm" if case.proof == "sensitivity" and key[1] == "gradient" else "bound"
-    return Expected(
-        value=prediction.value,
-        mode=mode,
-        limit=prediction.limit,
-        mutants=prediction.mutants,
-        no_claim=prediction.no_claim,
-    )
+        return Expected(value=_exactly_float32(case, key, value), mode="bitwise", **about)
+    if row.mode == "ulp":
+        return Expected(value=value, mode="ulp", limit=ROOT_ULPS, **about)
+    mode = "norm" if case.proof == "sensitivity" and kind in {"gradient", "loss"} else "bound"
+    # D5 is about these two alone; elsewhere its mutant differs by what a step later follows from them
+    nearest = prediction.mutants if kind == "gradient" and key[2].endswith(("lora_A", "lora_B")) else {}
+    return Expected(value=value, mode=mode, limit=limit, mutants=nearest, no_claim=prediction.no_claim, **about)
+
+
+def _seen_by_ranks(case: Case, key: Key, prediction: Prediction) -> tuple[np.ndarray, np.ndarray | float | None]:
+    """What ranks see of a loss that is a mean over them (S3): each backpropagates the world size times its part.
+
+    Losses come from the oracle by token; a rank has those of its tokens.
+    """
+    value, limit = prediction.value, prediction.limit
+    if case.model != "stack" or key[1] not in {"input_gradient", "loss"} or case.link == "algebra":
+        return value, limit
+    if key[1] == "loss":
+        dealt = deal_tokens(case.tokens, case.input_world)
+        value = np.array([value[part].sum() for part in dealt])
+    return value * case.input_world, None if limit is None else limit * case.input_world
+
+
+def dtype_of(case: Case, key: Key) -> str:
+    """D11: what trains, its gradient and its state are float32 (in float64, all is); activations as computed in."""
+    _, kind, name = key
+    wide = "float64" if case.compute == "float64" else "float32"
+    trained = kind in {"parameter", "gradient"} or kind.startswith("optimizer:")
+    if trained and name.endswith(FACTORS) and case.subject in {"torch_impl", "jax", "jax-mesh"}:
+        return wide
+    if kind in OBSERVED:
+        return wide
+    if kind in {"output", "input_gradient"} and case.subject == "torch_impl":
+        return case.compute
+    return ""
 
 
 def _exactly_float32(case: Case, key: Key, value: np.ndarray) -> np.ndarray:
@@ -81,32 +171,44 @@ def _exactly_float32(case: Case, key: Key, value: np.ndarray) -> np.ndarray:
     return narrow
 
 
-def _against_twin(case: Case, shard: Shard, prediction: Prediction | None) -> Expected:
-    if is_frozen(shard.name):
-        return Expected(value=shard.array, mode="bits")
-    if case.proof != "bound" or shard.step == 0 or prediction is None:
-        return Expected(value=shard.array, mode="bitwise")
-    return Expected(value=shard.array, mode="bound", limit=prediction.pair_limit, mutants=prediction.mutants)
+def _without_repeats(case: Case, expectations: Expectations) -> Expectations:
+    """The first step's momentum is the gradient once more: checked, and not counted a second time."""
+    key_of = {key: (key[0], "gradient", key[2]) for key in expectations if key[1] == "optimizer:momentum_buffer"}
+    repeated = {
+        key: replace(expectations[key], repeats="the first gradient")
+        for key, gradient in key_of.items()
+        if key[0] == 1 and gradient in expectations and case.optimizer == "sgd"
+    }
+    return expectations | repeated
 
 
-def is_frozen(name: str) -> bool:
-    """Whether a tensor belongs to no adapter."""
-    return not name.endswith(("lora_A", "lora_B", "magnitude"))
+def is_frozen(shard: Shard) -> bool:
+    """Whether a shard is a parameter, or the gradient of one, that belongs to no adapter."""
+    return shard.kind in {"parameter", "gradient"} and is_frozen_name(shard.name)
 
 
-def required(expectations: Expectations) -> set[Key]:
-    """What an implementation must give: all that is expected. Leaving a tensor out is no way to pass."""
-    return set(expectations)
+def is_frozen_name(name: str) -> bool:
+    """Whether a parameter's name is that of no adapter's tensor."""
+    return not name.endswith(FACTORS)
 
 
-def _owed_bases(case: Case) -> set[Key]:
-    """S6: the frozen weights, packed or dense, before the first step."""
-    positions = range(len(case.layers) if case.model == "stack" and case.task == "train" else 0)
-    return {(0, "parameter", f"layers.{position}.base.weight") for position in positions}
+def required(expectations: Expectations, gives: tuple[str, ...]) -> set[Key]:
+    """What an implementation must give: all that is expected, of what it declares and of what everyone owes."""
+    return {key for key in expectations if _is_owed(key, gives)}
+
+
+def _is_owed(key: Key, gives: tuple[str, ...]) -> bool:
+    """Frozen weights are owed as `base` where declared; outputs and norms where they can be observed."""
+    _, kind, name = key
+    if kind in {*PER_TOKEN, *OBSERVED}:
+        return kind in gives
+    if kind == "parameter" and is_frozen_name(name):
+        return "base" in gives
+    return True
 
 
 def owed(case: Case) -> set[Key]:
-    """The same, from the case alone; nothing for a network, whose names the oracle gives to link 3."""
+    """What an unsharded twin must give, from the case alone; nothing for a network, whose names link 3 has."""
     if case.model != "stack":
         return set()
     names = [f"layers.{position}" for position in range(len(case.layers))]
@@ -114,6 +216,7 @@ def owed(case: Case) -> set[Key]:
         return {(0, "merged", f"{name}.weight") for name in names}
     if case.proof == "start":
         return {(0, "parameter", f"{name}.magnitude") for name in names}
-    tensors = [f"{name}.{factor}" for name in names for factor in ("lora_A", "lora_B", "magnitude")]
+    factors = FACTORS if case.method == "dora" else FACTORS[:2]
+    tensors = [f"{name}.{factor}" for name in names for factor in factors]
     kinds = ("gradient", "parameter", *case.state_kinds)
     return set(product(range(1, case.steps + 1), kinds, tensors))

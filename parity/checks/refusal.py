@@ -28,16 +28,19 @@ NAMED = {
 def check_refusal(case: Case, said: str) -> Check:
     """Whether it was refused, and everything named."""
     missing = [word for word in NAMED[case.bad] if word not in said]
-    mode = "refusal" if not missing else f"refusal: does not name {', '.join(missing)}: {said}"
+    fault = f"the refusal does not name {', '.join(missing)}: {said}" if missing else ""
     return Check(
         tensor=case.bad,
         kind="refusal",
         step=0,
         rank=0,
         index=(),
-        mode=mode if said else "refusal: it was taken",
+        mode="",
+        fault=fault if said else "it was taken",
         worst=float(len(missing)),
         limit=0.0,
         ratio=None if missing else 0.0,
         passed=not missing,
+        against="refusal",
+        clauses=case.clauses,
     )

@@ -3,8 +3,11 @@
 Modes, strongest first: `bitwise` (equal values; the sign of zero is ignored for gradients and what follows from
 them), `bits` (every bit), `ulp` (units in the last place of the wanted float32), `bound` (an array of limits), `norm`
 (one limit for the 2-norm of the difference).
-A check is *vacuous* where a fault that changes this shard would have passed: the tensor zeroed, doubled or
-negated, or the numerically nearest mutant's values. No tolerance is written here: limits come with the expectation.
+
+A check *detects* a scale e where it fails for the tensor times 1 + e: the smallest one is derived from its limits. It
+is *vacuous* where a fault that changes this shard would have passed: the tensor zeroed, doubled, negated or off by the
+case's coarsest scale, or the numerically nearest mutant's values. No tolerance is written here: limits come with the
+expectation.
 """
 
 from __future__ import annotations
@@ -12,11 +15,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import ml_dtypes
 import numpy as np
 
 from parity.shard import Shard
 
 Mode = Literal["bitwise", "bits", "ulp", "bound", "norm"]
+Against = Literal["oracle", "twin", "itself", "declared", "layout", "refusal", "mutant", "whole"]
+"""What the expectation rests on: the reference in float64; the same implementation unsharded; the same tensor before;
+what the case declares; the reference's index arithmetic; the words of a refusal; a mutant that must fail; the ranks'
+shards put together."""
 _SAME = 1e-12
 """A mutant that differs from the right values by less than this share of their norm, float64 rounding, is no fault."""
 
@@ -33,6 +41,16 @@ class Expected:
     """What the nearest bugs would have given."""
     no_claim: str = ""
     """Why nothing can be claimed of this tensor, or empty: the check is then vacuous."""
+    against: Against = "oracle"
+    """What `value` rests on."""
+    clauses: tuple[str, ...] = ()
+    """The clauses of SPEC.md that the comparison bears on."""
+    dtype: str = ""
+    """The dtype that every shard must have on its device (D11), by numpy's name; empty where none is prescribed."""
+    coarsest: float = 1.0
+    """The uniform relative error that must be seen, or the check counts as vacuous."""
+    repeats: str = ""
+    """What other check says the same, or empty; it is then not counted a second time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +71,8 @@ class Check:
     step: int
     rank: int
     index: tuple[slice, ...]
-    mode: str
+    mode: Mode | Literal[""]
+    """How it was compared; empty where there was nothing to compare: `fault` then says why."""
     worst: float
     """The largest difference (in `norm` mode the difference's norm)."""
     limit: float
@@ -61,6 +80,14 @@ class Check:
     ratio: float | None
     """worst / limit; 0 where equal, None where equality fails."""
     passed: bool
+    fault: str = ""
+    """What is wrong beside the values: the place, the dtype, a missing part; or empty."""
+    against: Against = "oracle"
+    """What the expectation rests on."""
+    clauses: tuple[str, ...] = ()
+    """The clauses that this check bears on."""
+    detects: float | None = None
+    """The smallest uniform relative error that would have failed here; None where there is no such number."""
     vacuous: str = ""
     """Why the check shows nothing, or empty."""
     evidence: Evidence | None = None
@@ -83,44 +110,66 @@ def check_shard(shard: Shard, expected: Expected) -> Check:
     try:
         want = shard.part_of(expected.value)
     except IndexError as error:
-        return _misplaced(shard, str(error))
+        return _misplaced(shard, expected, str(error))
     got = shard.array
     if got.shape != want.shape or tuple(shard.global_shape) != expected.value.shape:
-        return _misplaced(
-            shard, f"shape {got.shape} of {shard.global_shape}, wanted {want.shape} of {expected.value.shape}"
-        )
+        said = f"shape {got.shape} of {shard.global_shape}, wanted {want.shape} of {expected.value.shape}"
+        return _misplaced(shard, expected, said)
     limit = _limit_slice(shard, expected) if not expected.no_claim else np.full(want.shape, np.inf)
     mode = "bound" if expected.no_claim else expected.mode
     result = _compare(got, want, mode, limit)
+    fault = _dtype_fault(got, expected)
+    passed = result.passed and not fault
     evidence = None
     if not result.passed and want.size:
         evidence = Evidence(at=result.at, got=float(got[result.at]), want=float(want[result.at]))
     return Check(
-        **_identity(shard),
+        **_identity(shard, expected),
         mode=expected.mode,
         worst=result.worst,
         limit=result.limit,
         ratio=result.ratio,
-        passed=result.passed,
+        passed=passed,
+        fault=fault,
+        detects=_detects(got, want, mode, limit),
         vacuous=_vacuous(shard, expected, want, limit),
         evidence=evidence,
-        got=None if result.passed else got,
-        want=None if result.passed else want,
+        got=None if passed else got,
+        want=None if passed else want,
     )
 
 
-def _identity(shard: Shard) -> dict:
+def failure(key: tuple[int, str, str], rank: int, fault: str, **about: object) -> Check:
+    """A check that failed before any values could be compared; `about` are further fields."""
+    step, kind, name = key
+    given = {"index": (), "worst": float("inf"), "against": "whole", **about}
+    return Check(
+        tensor=name, kind=kind, step=step, rank=rank, mode="", limit=0.0, ratio=None, passed=False, fault=fault, **given
+    )
+
+
+def _identity(shard: Shard, expected: Expected) -> dict:
     return {
         "tensor": shard.name,
         "kind": shard.kind,
         "step": shard.step,
         "rank": shard.rank,
         "index": shard.index,
+        "against": expected.against,
+        "clauses": expected.clauses,
     }
 
 
-def _misplaced(shard: Shard, why: str) -> Check:
-    return Check(**_identity(shard), mode=f"place: {why}", worst=float("inf"), limit=0.0, ratio=None, passed=False)
+def _misplaced(shard: Shard, expected: Expected, why: str) -> Check:
+    about = {"index": shard.index, "against": expected.against, "clauses": expected.clauses}
+    return failure(shard.key, shard.rank, f"place: {why}", **about)
+
+
+def _dtype_fault(got: np.ndarray, expected: Expected) -> str:
+    """D11: equal values in a narrower dtype are another tensor; a step later they would round."""
+    if expected.dtype and got.dtype.name != expected.dtype:
+        return f"dtype {got.dtype.name}, wanted {expected.dtype}"
+    return ""
 
 
 def _limit_slice(shard: Shard, expected: Expected) -> np.ndarray | float | None:
@@ -177,22 +226,52 @@ def _bits(array: np.ndarray) -> np.ndarray:
     return np.asarray(array, order="C").view(f"u{array.dtype.itemsize}")
 
 
+def _detects(got: np.ndarray, want: np.ndarray, mode: Mode, limit: np.ndarray | float | None) -> float | None:
+    """The smallest e for which `(1 + e) want` fails: every element moves by e of itself, so one beyond its limit does.
+
+    Where values must be equal it is the spacing of the dtype that they came in, relative to the number: the least that
+    rounding leaves visible in every element.
+    """
+    if mode == "bits" or not want.size or not want.astype(np.float64).any():
+        return None
+    if mode == "bitwise":
+        return float(ml_dtypes.finfo(got.dtype).eps) if got.dtype.kind in "fV" else None
+    value = np.abs(want.astype(np.float64))
+    if mode == "norm":
+        return float(limit) / float(np.linalg.norm(value))  # type: ignore[arg-type]
+    if mode == "ulp":
+        return float(limit) * float(np.finfo(np.float32).eps)  # type: ignore[arg-type]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scales = np.where(value > 0, np.broadcast_to(np.asarray(limit), value.shape) / value, np.inf)
+    return float(scales.min())
+
+
 def _vacuous(shard: Shard, expected: Expected, want: np.ndarray, limit: np.ndarray | float | None) -> str:
-    """The first fault that would have passed here, in words, or empty."""
+    """Why the check shows nothing, in words, or empty."""
     if want.size == 0:
         return "empty shard"
+    if expected.repeats:
+        return f"repeats {expected.repeats}"
     if expected.no_claim:
         return f"no claim: {expected.no_claim}"
-    if expected.mode == "bits":
+    if expected.mode == "bits" or expected.against == "declared":
         return ""  # any changed bit is seen; the zeroed tensor is among the faults only where it differs
-    if not want.astype(np.float64).any():
-        return "all-zero expectation"
+    return _unseen_fault(shard, expected, want, limit)
+
+
+def _unseen_fault(shard: Shard, expected: Expected, want: np.ndarray, limit: np.ndarray | float | None) -> str:
+    """The first fault that would have passed here, in words, or empty."""
     value = want.astype(np.float64)
+    norm = float(np.linalg.norm(value))
+    if not norm:
+        return "all-zero expectation"
     faults = {"zeroed": 0 * value, "doubled": 2 * value, "negated": -value}
     faults |= {name: shard.part_of(array).astype(np.float64) for name, array in expected.mutants.items()}
-    norm = float(np.linalg.norm(value))
     for name, fault in faults.items():
         detectable = float(np.linalg.norm(fault - value)) > _SAME * norm
         if detectable and _compare(fault, value, expected.mode, limit).passed:
             return f"{name} would pass"
-    return ""
+    if expected.mode == "bitwise":
+        return ""  # there is no finer comparison
+    detects = _detects(shard.array, want, expected.mode, limit)
+    return f"an error of {expected.coarsest:g} would pass" if detects and detects > expected.coarsest else ""

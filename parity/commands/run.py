@@ -15,6 +15,7 @@ from parity.bugs.diagnosis import diagnose
 from parity.bugs.plans import CONTROLS
 from parity.case import Case
 from parity.commands.choose import choose
+from parity.commands.judge import with_judges
 from parity.commands.mutants import control_results
 from parity.commands.options import FELL_SHORT, HOLDS, RunOptions
 from parity.errors import CannotRun, DeviceUnavailable, NoCaseMatches
@@ -37,6 +38,10 @@ def run_suite(options: RunOptions, console: Console) -> int:
     assignments = list(assign(cases, options.impl))
     if not assignments:
         raise NoCaseMatches("--impl takes the place of torch_impl, whose cases -k leaves out", hint="choose others")
+    chosen, assignments = assignments, with_judges(assignments, options.tier, options.seed)
+    if len(assignments) > len(chosen):
+        more = len(assignments) - len(chosen)
+        console.print(f"{more} unsharded cases added: what is only compared with itself is not known to be right")
     model, no_model = find_model(cases, options.model)
     results = Results(environment=describe(options.device), tier=options.tier)
     _write(options.json, results)  # before anything runs: a place that cannot be written is known at once

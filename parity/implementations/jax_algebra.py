@@ -23,6 +23,9 @@ from ref.types import Adapter
 class _OneLayer:
     """What both routes share: a single layer, and its gradients as shards."""
 
+    units = ""
+    gives: tuple[str, ...] = ()
+
     def refuses(self, case: Case) -> str | None:
         """One layer of float64, unsharded."""
         return None if case.compute == "float64" and len(case.layers) == 1 else "link 1 takes one layer in float64"

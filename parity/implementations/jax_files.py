@@ -26,6 +26,9 @@ from ref.types import Adapter
 class JaxFiles:
     """Reads what the subject wrote, or writes what it reads; `meet` takes what is sound and what is bad."""
 
+    units = ""
+    gives = ("base",)
+
     def refuses(self, case: Case) -> str | None:
         """Adapter files of stacks, packed checkpoints, and what it knows to be bad."""
         known = case.task in {"written", "read"} or case.bad in _MEET

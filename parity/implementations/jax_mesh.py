@@ -13,8 +13,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
-from parity.case import UNSHARDED, Case
-from parity.implementations.jax_sharded import JaxSharded, padded_batches, stack_layers
+from parity.case import Case
+from parity.implementations.jax_sharded import JaxSharded, output_shards, padded_batches, stack_layers
 from parity.job import Place
 from parity.oracle.stack import FACTORS
 from parity.shard import Shard
@@ -24,20 +24,15 @@ from ref.types import Adapter, Layer
 
 
 class JaxMesh(JaxSharded):
-    """Link 2 for tensor-parallel and hybrid JAX; unsharded it is `JaxSharded`."""
+    """Link 2 for tensor-parallel and hybrid JAX."""
 
     def refuses(self, case: Case) -> str | None:
         """Stacks in float32, whose features divide among the tensor ranks one way or the other."""
-        if case.strategy == UNSHARDED:
-            return super().refuses(case)
         fits = case.strategy.startswith("mesh-") and case.model == "stack" and case.compute == "float32"
         return None if fits else "the mesh takes float32 stacks under mesh-RxSxT"
 
     def run(self, case: Case, place: Place) -> Iterator[Shard]:
         """Every device's part of gradients, parameters and momenta, at every step."""
-        if case.strategy == UNSHARDED:
-            yield from super().run(case, place)
-            return
         replicate, shard, tensor = case.mesh
         devices = mesh.make_mesh(replicate=replicate, shard=shard, tensor=tensor)
         layers, state = stack_layers(case), None
@@ -46,9 +41,10 @@ class JaxMesh(JaxSharded):
         held = [_laid_out(of_layer, cut, devices) for of_layer, cut in zip(whole, cuts, strict=True)]
         for step in range(1, case.steps + 1):
             x_NTI, G_NTO = padded_batches(case, step - 1)
-            _, gradient = mesh.sharded_gradients(
+            y_NTO, gradient = mesh.sharded_gradients(
                 x_NTI, layers, G_NTO=G_NTO, mesh=devices, cuts=cuts, relu=case.activation == "relu"
             )
+            yield from output_shards(case, y_NTO, step)
             yield from _shards(gradient, whole, devices, step=step, kind="gradient")
             held, state = training.sgd_momentum(held, gradient, state, lr=case.learning_rate, momentum=case.momentum)
             yield from _shards(held, whole, devices, step=step, kind="parameter")

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from parity.case import UNSHARDED, Case
-from parity.inputs import batches, stack_inputs
+from parity.inputs import batches, forward_tokens, stack_inputs
 from parity.job import Place
-from parity.oracle.stack import FACTORS, gradients
+from parity.oracle.stack import FACTORS
 from parity.oracle.weights import weight_used
 from parity.shard import Shard, whole_index
 from ref import dora, fsdp, layouts, training
@@ -27,9 +27,13 @@ Rows = list[list[Adapter]]
 class JaxSharded:
     """Link 2 for JAX: `ref.fsdp.sharded_gradients`, stepped with SGD-momentum on the shards."""
 
+    units = ""
+    gives = ("output",)
+
     def refuses(self, case: Case) -> str | None:
-        """Stacks in float32."""
-        if case.strategy not in {"shard-map", UNSHARDED} or case.model != "stack" or case.compute != "float32":
+        """Stacks in float32; unsharded their starting magnitudes alone, since the oracle is the same code."""
+        fits = case.strategy == "shard-map" or (case.strategy == UNSHARDED and case.proof == "root")
+        if not fits or case.model != "stack" or case.compute != "float32":
             return "the JAX form takes float32 stacks under shard-map"
         return None
 
@@ -42,7 +46,8 @@ class JaxSharded:
         held = _cut([layer.adapter for layer in layers], place.world)
         state = None
         for step in range(1, case.steps + 1):
-            gradient = _gradients(case, layers, step - 1)
+            y_NTO, gradient = _gradients(case, layers, step - 1)
+            yield from output_shards(case, y_NTO, step)
             yield from _shards(gradient, layers, step, "gradient")
             held, state = training.sgd_momentum(held, gradient, state, lr=case.learning_rate, momentum=case.momentum)
             yield from _shards(held, layers, step, "parameter")
@@ -79,20 +84,26 @@ def stack_layers(case: Case) -> list[Layer]:
     return layers
 
 
-def _gradients(case: Case, layers: list[Layer], step: int) -> Rows:
-    """Each rank's rows of the mean gradient."""
-    if case.strategy == UNSHARDED:
-        x, G = (jnp.asarray(part) for part in batches(case, 0)[step])
-        parts = (
-            [layer.adapter for layer in layers],
-            [layer.weight for layer in layers],
-            [layer.bias for layer in layers],
-        )
-        whole = gradients(*(tuple(part) for part in parts), x, G, scaling=layers[0].scaling, activation=case.activation)
-        return [list(whole)]
+def _gradients(case: Case, layers: list[Layer], step: int) -> tuple[jax.Array, Rows]:
+    """Each rank's output (padded) and its rows of the mean gradient."""
     x_NTI, G_NTO = padded_batches(case, step)
-    _, rows = fsdp.sharded_gradients(x_NTI, layers, G_NTO=G_NTO, relu=case.activation == "relu")
-    return rows
+    return fsdp.sharded_gradients(x_NTI, layers, G_NTO=G_NTO, relu=case.activation == "relu")
+
+
+def output_shards(case: Case, y_NTO: jax.Array, step: int) -> Iterator[Shard]:
+    """Y of each data rank, less the padding, at the place of its tokens."""
+    whole = (case.tokens, y_NTO.shape[-1])
+    for rank, y_TO in enumerate(np.asarray(y_NTO)):
+        (rows,) = forward_tokens(case, rank, step - 1)
+        yield Shard(
+            name="y",
+            kind="output",
+            step=step,
+            global_shape=whole,
+            index=(rows, slice(0, whole[1])),
+            array=y_TO[: rows.stop - rows.start],
+            rank=rank,
+        )
 
 
 def padded_batches(case: Case, step: int) -> tuple[jax.Array, jax.Array]:

@@ -20,6 +20,7 @@ class PeftWitness(TorchStack):
     strategies = (UNSHARDED,)
     bases = ("float32", "float64")
     computes = ("float32", "float64")
+    gives = ("output", "input_gradient")
 
     def build(self, case: Case, device: str) -> nn.Module:
         """`inject_adapter_in_model` on a stack of linears."""

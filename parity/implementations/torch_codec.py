@@ -7,12 +7,21 @@ from collections.abc import Iterator
 import torch
 
 from parity.case import Case
-from parity.implementations.torch_stack import DTYPES, to_numpy
+from parity.implementations.observed import to_numpy
+from parity.implementations.torch_stack import DTYPES
 from parity.inputs import stack_inputs
 from parity.job import Place
 from parity.shard import Shard, whole_index
 from torch_impl import QuantConfig
 from torch_impl.quant import decode, quantize
+
+FOUR_BIT = ("nf4", "fp4")
+"""Bases that are coded."""
+
+
+def quant_config(case: Case) -> QuantConfig:
+    """Q1, Q2, Q6: how the case's base is coded."""
+    return QuantConfig(quant_type=case.base, blocksize=case.blocksize, nested=not case.flat)
 
 
 def codec_shards(case: Case, place: Place) -> Iterator[Shard]:
@@ -21,7 +30,7 @@ def codec_shards(case: Case, place: Place) -> Iterator[Shard]:
     for position in range(len(case.layers)):
         name = f"layers.{position}.weight"
         weight = torch.from_numpy(inputs[name].copy()).to(place.device, DTYPES[case.compute])
-        stored, state, packed_format = quantize(weight, QuantConfig(), name=name)
+        stored, state, packed_format = quantize(weight, quant_config(case), name=name)
         for kind, tensor in (
             ("packed", stored.view(torch.uint8).flatten()[: packed_format.nbytes]),
             ("absmax", state["absmax"]),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import nn
 
 from parity.case import TORCH_STRATEGIES, UNSHARDED, Case
+from parity.implementations.layer_observer import layer_observer
+from parity.implementations.observed import Forwards
 from parity.implementations.torch_checkpoint import packed_shards
-from parity.implementations.torch_codec import codec_shards
+from parity.implementations.torch_codec import FOUR_BIT, codec_shards, quant_config
 from parity.implementations.torch_files import KNOWN, meet, merged_shards, read_shards
 from parity.implementations.torch_network import build_network, network_losses, offset_shards
+from parity.implementations.torch_neutral import neutral_shards
 from parity.implementations.torch_stack import DTYPES, Stack, TorchStack, shards_now, train
 from parity.inputs import stack_inputs
 from parity.job import Place
@@ -24,10 +27,12 @@ class TorchDora(TorchStack):
     """This project's own implementation."""
 
     strategies = TORCH_STRATEGIES
-    bases = ("float32", "bfloat16", "nf4")
-    computes = ("float32", "bfloat16")
+    bases = ("float32", "bfloat16", "nf4", "fp4")
+    computes = ("float32", "bfloat16", "float16")
+    methods = ("dora", "lora")
     links = (*TorchStack.links, "training")
     units = "layer"
+    gives = (*TorchStack.gives, "norm", "ratio", "base")
 
     def refuses(self, case: Case) -> str | None:
         """It takes every model; what it lacks is a strategy."""
@@ -47,6 +52,8 @@ class TorchDora(TorchStack):
             yield from self._run_network(case, place)
         elif case.proof in {"start", "root"}:
             yield from self._run_start(case, place)
+        elif case.proof == "neutral":
+            yield from neutral_shards(case, place, partial(self.build, case), partial(self.shard, case=case))
         else:
             yield from super().run(case, place)
 
@@ -62,9 +69,18 @@ class TorchDora(TorchStack):
     def shard(self, model: nn.Module, case: Case) -> nn.Module:
         """By the public entry point."""
         wire, reduced = (DTYPES.get(name or "") for name in (case.param_dtype, case.reduce_dtype))
-        size = case.world // case.copies if case.strategy == "hsdp" else None
-        config = ShardConfig(strategy=case.strategy, param_dtype=wire, reduce_dtype=reduced, shard_size=size)
+        config = ShardConfig(
+            strategy=case.strategy,
+            param_dtype=wire,
+            reduce_dtype=reduced,
+            shard_size=case.world // case.copies if case.strategy in {"hsdp", "fsdp1-hybrid"} else None,
+            reshard_after_forward=not case.keep_gathered,
+        )
         return shard_model(model, config)
+
+    def observe(self, model: nn.Module, case: Case) -> Callable[[int], Iterator[Shard]]:
+        """The norm and the ratio that each layer's forward kept for its backward pass."""
+        return layer_observer(model) if case.method == "dora" and not case.recompute else super().observe(model, case)
 
     def _run_files(self, case: Case, place: Place) -> Iterator[Shard]:
         """D10, C1: merged weights, and the two ways of an adapter's files."""
@@ -97,13 +113,13 @@ class TorchDora(TorchStack):
         if case.strategy in self.strategies[1:]:
             model = self.shard(model, case)
         losses = network_losses(model, case, place)
-        yield from train(lambda _: model, case, lambda _, step: [losses[step]])
+        yield from train(lambda _: model, case, lambda _, step: (Forwards(), [losses[step]]), rank=place.rank)
 
 
 def plain_stack(case: Case, device: str) -> nn.Module:
     """The base: linear layers, as they were before any adapter."""
     arrays = {name: torch.from_numpy(array.copy()) for name, array in stack_inputs(case).items()}
-    stored = torch.float32 if case.base == "nf4" else DTYPES[case.base]
+    stored = torch.float32 if case.base in FOUR_BIT else DTYPES[case.base]
     linears = [_linear(arrays, position, stored) for position in range(len(case.layers))]
     return Stack(linears, case.activation).to(device)
 
@@ -114,10 +130,11 @@ def dora_config(case: Case) -> DoraConfig:
         rank=case.rank,
         alpha=case.alpha,
         rank_stabilized=case.rank_stabilized,
-        dropout=0.5 if case.dropout else 0.0,
+        dropout=case.dropout,
         target_modules="all-linear",
-        quant="nf4" if case.base == "nf4" else None,
+        quant=quant_config(case) if case.base in FOUR_BIT else None,
         compute_dtype=DTYPES[case.compute],
+        method=case.method,
     )
 
 

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from parity.case import UNSHARDED, Case
-from parity.implementations.torch_stack import DTYPES, shards_now, to_numpy
+from parity.implementations.observed import to_numpy, whole_shard
+from parity.implementations.torch_codec import FOUR_BIT, quant_config
+from parity.implementations.torch_stack import DTYPES, shards_now
 from parity.implementations.torch_training import common_folder
-from parity.shard import Shard, whole_index
+from parity.shard import Shard
 from torch_impl import apply_dora, checkpoint, load_adapter, merge_adapter, save_adapter
 
 Makes = Callable[[], nn.Module]
@@ -37,7 +39,7 @@ def merged_shards(case: Case, made: Makes, plain: Makes, shard: Callable[[nn.Mod
 
 def read(case: Case, plain: Makes, folder: Path) -> nn.Module:
     """C1: the adapter of a folder on the case's unsharded base."""
-    quant = "nf4" if case.base == "nf4" else None
+    quant = quant_config(case) if case.base in FOUR_BIT else None
     return load_adapter(plain(), folder, quant=quant, compute_dtype=DTYPES[case.compute])
 
 
@@ -51,9 +53,7 @@ def read_shards(case: Case, plain: Makes, shard: Callable[[nn.Module], nn.Module
 
 def whole(name: str, kind: str, tensor: torch.Tensor) -> Shard:
     """A tensor that this rank has whole."""
-    array = to_numpy(tensor)
-    index = whole_index(array.shape)
-    return Shard(name=name, kind=kind, step=0, global_shape=array.shape, index=index, array=array)
+    return whole_shard(name, kind, 0, to_numpy(tensor))
 
 
 def meet(case: Case, made: Makes, plain: Makes, *, bad: bool) -> None:

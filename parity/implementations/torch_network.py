@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from parity.case import Case
-from parity.implementations.torch_stack import to_numpy
+from parity.implementations.observed import to_numpy
 from parity.inputs.network import adapter_factors, predicted_tokens, sequences, starting_magnitude
 from parity.job import Place
 from parity.shard import Shard

@@ -1,28 +1,43 @@
 """The loop that every torch implementation of a stack shares: build, shard, and step.
 
 A third party subclasses `TorchStack` and gives `layer`; it overrides `shard` where it shards in its own way.
-The loop gives the gradients of each step, and parameters and the optimizer's state after it.
+The loop gives outputs, losses, input gradients and gradients of each step, and parameters and the optimizer's state
+after it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from parity.case import UNSHARDED, Case
-from parity.implementations.torch_training import backward, clip_gradients, optimizer_for, recomputed, resumed
+from parity.implementations.observed import (
+    Forwards,
+    frozen_digests,
+    generator_now,
+    settings_now,
+    to_numpy,
+)
+from parity.implementations.torch_training import (
+    CollectiveCounter,
+    backward,
+    clip_gradients,
+    optimizer_for,
+    resumed,
+)
 from parity.inputs import masks, parts, stack_inputs
 from parity.job import Place
 from parity.shard import Shard
 from torch_impl import local_shards
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 class Stack(nn.Module):
@@ -55,8 +70,14 @@ class TorchStack:
     """Add `rank-stabilised` where `case.rank_stabilized` is heeded (D1)."""
     dropouts: tuple[bool, ...] = (False,)
     """Add True where a layer's forward takes a mask, `layer(x, keep)`, and `case.dropout` is heeded (D9)."""
+    methods: tuple[str, ...] = ("dora",)
+    """Add `lora` where `case.method` is heeded: then there is no magnitude."""
     links: tuple[str, ...] = ("algebra", "shards", "frameworks")
     """Add `training` where the loop's way to accumulate, clip, save and load is what you want to put to the proof."""
+    units = ""
+    """`layer` where the units are S7's, so that the reference can predict what each rank holds."""
+    gives: tuple[str, ...] = ("output", "input_gradient", "loss")
+    """What it can be asked for beside gradients, parameters and the optimizer's state; the loop gives these."""
 
     def layer(self, case: Case, arrays: dict[str, torch.Tensor]) -> nn.Module:
         """One layer from `weight`, `lora_A`, `lora_B`, `magnitude` and, in some cases, `bias`."""
@@ -65,6 +86,11 @@ class TorchStack:
     def shard(self, model: nn.Module, case: Case) -> nn.Module:
         """Shard the whole stack; called under every strategy but `none`."""
         raise NotImplementedError
+
+    def observe(self, model: nn.Module, case: Case) -> Callable[[int], Iterator[Shard]]:
+        """Watch the layers of a model that has just been made; called after a step, it gives what they computed."""
+        del model, case
+        return lambda _: iter(())
 
     def refuses(self, case: Case) -> str | None:
         """By what the class attributes declare."""
@@ -76,7 +102,8 @@ class TorchStack:
             ("strategy", case.strategy, self.strategies),
             ("base", case.base, self.bases),
             ("compute", case.compute, self.computes),
-            ("dropout", case.dropout, self.dropouts),
+            ("dropout", bool(case.dropout), self.dropouts),
+            ("method", case.method, self.methods),
             ("scaling", "rank-stabilised" if case.rank_stabilized else "by the rank", self.scalings),
         ):
             if value not in known:
@@ -95,58 +122,103 @@ class TorchStack:
 
     def run(self, case: Case, place: Place) -> Iterator[Shard]:
         """Build, shard, train; give this rank's shards at every step."""
-        dtype = DTYPES[case.compute]
-        keeps = masks(case, place.rank) if case.dropout else [[]] * case.steps
-        data = [
-            [tuple(_shaped(part, case).to(place.device, dtype) for part in batch) for batch in forwards]
-            for forwards in parts(case, place.rank)
-        ]
+        observer: list[Callable[[int], Iterator[Shard]]] = []
 
         def made(strategy: str) -> nn.Module:
             model = self.build(case, place.device)
             if isinstance(model, Stack):
                 model.recompute = case.recompute
+            observer[:] = [self.observe(model, case)]
             return model if strategy == UNSHARDED else self.shard(model, dataclasses.replace(case, strategy=strategy))
 
-        def losses(model: nn.Module, step: int) -> list[Callable[[], Tensor]]:
-            keep = [_shaped(mask, case).to(place.device) for mask in keeps[step]]
-            return [partial(_loss_sum, model, x, G, *keep) for x, G in data[step]]
+        def losses(model: nn.Module, step: int) -> tuple[Forwards, list[Callable[[], Tensor]]]:
+            seen = Forwards()
+            return seen, [partial(_loss_sum, model, seen, *batch) for batch in _data(case, place)[step]]
 
-        yield from train(made, case, losses)
+        yield from train(made, case, losses, rank=place.rank, observed=lambda step: observer[0](step))  # noqa: PLW0108 - a resumed run has another
 
 
-def _loss_sum(model: nn.Module, x: Tensor, G: Tensor, *keep: Tensor) -> Tensor:
-    """`sum(G * y)`."""
-    return (model(x, *keep) * G).sum()
+def _data(case: Case, place: Place) -> list[list[tuple[Tensor, ...]]]:
+    """By step and forward: x, G and the masks."""
+    dtype = DTYPES[case.compute]
+    keeps = masks(case, place.rank) if case.dropout else None
+    data = []
+    for step, forwards in enumerate(parts(case, place.rank)):
+        data.append([])
+        for number, (x, G) in enumerate(forwards):
+            keep = keeps[step][number] if keeps else []
+            numbers = [_shaped(part, case).to(place.device, dtype) for part in (x, G)]
+            data[-1].append((*numbers, *(_shaped(mask, case).to(place.device) for mask in keep)))
+    return data
+
+
+def _loss_sum(model: nn.Module, seen: Forwards, x: Tensor, G: Tensor, *keep: Tensor) -> Tensor:
+    """`sum(G * y)` in float64: the loss is the suite's, and must not be its own largest error."""
+    x = x.requires_grad_()
+    y = model(x, *keep)
+    seen.inputs.append(x)
+    seen.outputs.append(y.detach())
+    return (y.double() * G.double()).sum()
 
 
 def _shaped(tokens: np.ndarray, case: Case) -> torch.Tensor:
     """(tokens, features), or two sequences of half as many tokens."""
-    tensor = torch.from_numpy(tokens)
+    tensor = torch.from_numpy(tokens.copy())
     return tensor.reshape(2, -1, tensor.shape[1]) if case.batched else tensor
 
 
-def train(
-    made: Callable[[str], nn.Module], case: Case, losses: Callable[[nn.Module, int], list[Callable[[], Tensor]]]
-) -> Iterator[Shard]:
-    """Step, giving shards: gradients, parameters and the optimizer's state by step; frozen weights before and after.
+Losses = Callable[[nn.Module, int], tuple[Forwards, list[Callable[[], Tensor]]]]
+"""From the model and a step to what its forwards let one see, and what computes the sum of each."""
 
-    `made` gives a fresh model under a strategy, `losses` what computes the sums of a step's forwards.
+
+def train(
+    made: Callable[[str], nn.Module],
+    case: Case,
+    losses: Losses,
+    *,
+    rank: int,
+    observed: Callable[[int], Iterator[Shard]] = lambda _: iter(()),
+) -> Iterator[Shard]:
+    """Step, giving shards: all that a step computes, parameters and state after it, frozen weights before and after.
+
+    `made` gives a fresh model under a strategy.
     """
+    if case.resume:
+        torch.manual_seed(1 + rank)  # so that no two ranks could resume with each other's generator
     model = made(case.strategy)
     optimizer = optimizer_for(model, case)
-    yield from shards_now(model, 0, ("parameter",), frozen=True)
+    yield from _frozen_and_adapters(model, case, 0)
     for step in range(1, case.steps + 1):
         optimizer.zero_grad(set_to_none=True)
-        backward(model, case, losses(model, step - 1))
+        seen, sums = losses(model, step - 1)
+        counter = CollectiveCounter() if case.counted else None
+        with counter or contextlib.nullcontext():
+            seen.loss = backward(model, case, sums)
+        yield from [counter.shard(step)] if counter else []
+        yield from seen.shards(case, step, rank)
+        yield from observed(step)
         settle_gradients(model, case)
         clip_gradients(model, case)
         yield from shards_now(model, step, ("gradient",), frozen=True)  # a frozen tensor must have none
         optimizer.step()
-        last = step == case.steps and case.model == "stack"  # a network's are large, and are shown to have no gradient
-        yield from shards_now(model, step, ("parameter", *case.state_kinds), optimizer, frozen=last)
+        yield from shards_now(model, step, ("parameter", *case.state_kinds), optimizer)
+        yield from settings_now(optimizer, step)
         if step == case.resumes_after < case.steps:
+            yield generator_now("before", step)
             model, optimizer = resumed(model, optimizer, case, partial(made, case.resume))
+            yield generator_now("after", step)
+            yield from settings_now(optimizer, step)
+    yield from _frozen_and_adapters(model, case, case.steps, adapters=False)
+
+
+def _frozen_and_adapters(model: nn.Module, case: Case, step: int, *, adapters: bool = True) -> Iterator[Shard]:
+    """Parameters now; a network's frozen ones by their digests."""
+    if case.model == "stack":
+        yield from shards_now(model, step, ("parameter",), frozen=True, adapters=adapters)
+        return
+    if adapters:
+        yield from shards_now(model, step, ("parameter",))
+    yield from frozen_digests(local_shards(model), step)
 
 
 def shards_now(
@@ -156,11 +228,12 @@ def shards_now(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     frozen: bool = False,
+    adapters: bool = True,
 ) -> Iterator[Shard]:
-    """What this rank holds now, of the adapters or of everything."""
+    """What this rank holds now, of the adapters, of what is frozen, or of both."""
     for local in local_shards(model, optimizer):
         of_adapter = local.name.endswith(("lora_A", "lora_B", "magnitude"))
-        if local.kind not in kinds or not (of_adapter or frozen):
+        if local.kind not in kinds or not (adapters if of_adapter else frozen):
             continue
         yield Shard(
             name=local.name,
@@ -170,14 +243,6 @@ def shards_now(
             index=local.index,
             array=to_numpy(local.tensor),
         )
-
-
-def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A copy in the same dtype; bfloat16 by its bits."""
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().copy().view(ml_dtypes.bfloat16)
-    return tensor.numpy().copy()
 
 
 def settle_gradients(model: nn.Module, case: Case) -> None:

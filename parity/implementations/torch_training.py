@@ -7,33 +7,62 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor, distributed, nn
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from parity.case import Case
+from parity.implementations.observed import whole_shard
+from parity.shard import Shard
 from torch_impl import checkpoint, optim
 from torch_impl.accumulation import backpropagate
 
-__all__ = ["backward", "clip_gradients", "common_folder", "optimizer_for", "recomputed", "resumed"]
 
-
-def optimizer_for(model: nn.Module, case: Case) -> torch.optim.Optimizer:
-    """T3: SGD with momentum, or AdamW as `torch_impl` makes it, over what trains."""
+def optimizer_for(model: nn.Module, case: Case, *, rate: float | None = None) -> Optimizer:
+    """T3: SGD with momentum, or AdamW as `torch_impl` makes it, over what trains; at the case's rate unless told."""
+    lr = case.learning_rate if rate is None else rate
     if case.optimizer == "adamw":
-        return optim.make_optimizer(model, "adamw", lr=case.learning_rate, weight_decay=case.weight_decay)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.SGD(trainable, lr=case.learning_rate, momentum=case.momentum)
+        return optim.make_optimizer(model, "adamw", lr=lr, weight_decay=case.weight_decay)
+    optimizer = optim.make_optimizer(model, "sgd", lr=lr, weight_decay=0.0)
+    for group in optimizer.param_groups:
+        group["momentum"] = case.momentum  # dyadic, so that a lattice's momenta are exact
+    return optimizer
 
 
-def backward(model: nn.Module, case: Case, sums: Sequence[Callable[[], Tensor]]) -> None:
-    """T1: one step's gradient, of one forward or of several."""
+def backward(model: nn.Module, case: Case, sums: Sequence[Callable[[], Tensor]]) -> float:
+    """T1: one step's gradient, of one forward or of several; the loss that was backpropagated here."""
     if case.accumulate == 1:
-        (loss,) = sums
-        loss().backward()
-        return
-    backpropagate(model, sums, total=case.tokens, world_size=case.world, late=case.late)
+        (summed,) = sums
+        loss = summed()
+        loss.backward()
+        return float(loss.detach())
+    world = 1 if case.proof == "one-hot" else case.world  # a one-hot gradient is not multiplied before it is averaged
+    return world * backpropagate(model, sums, total=case.tokens, world_size=world, late=case.late)
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """S7, S9, S11, T5: counts how often this rank gathers, reduces and scatters, and reduces; by torch's dispatcher."""
+
+    KINDS = (("all_gather", "allgather"), ("reduce_scatter", "reducescatter"), ("all_reduce", "allreduce"))
+    """What is counted, in this order, by either spelling that torch has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = np.zeros(len(self.KINDS), dtype=np.int64)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Run the operation, counted where it belongs to a collective library."""
+        if func.namespace in {"c10d", "_c10d_functional"}:
+            name = func.__name__
+            self.counts += [any(spelling in name for spelling in kind) for kind in self.KINDS]
+        return func(*args, **(kwargs or {}))
+
+    def shard(self, step: int) -> Shard:
+        """The counts of one step, as this rank's."""
+        return whole_shard("step", "collectives", step, self.counts)
 
 
 def clip_gradients(model: nn.Module, case: Case) -> None:
@@ -43,13 +72,13 @@ def clip_gradients(model: nn.Module, case: Case) -> None:
 
 
 def resumed(
-    model: nn.Module, optimizer: torch.optim.Optimizer, case: Case, fresh: Callable[[], nn.Module]
-) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model: nn.Module, optimizer: Optimizer, case: Case, fresh: Callable[[], nn.Module]
+) -> tuple[nn.Module, Optimizer]:
     """T6, S12: save, and read into a fresh model and optimizer; every rank of the case takes part."""
     with common_folder() as folder:
         checkpoint.save(folder, model, optimizer, checkpoint.Saved(case.resumes_after, 0, {}))
         model = fresh()
-        optimizer = optimizer_for(model, case)
+        optimizer = optimizer_for(model, case, rate=2 * case.learning_rate)  # what was saved must overwrite it
         checkpoint.load_(folder / f"step-{case.resumes_after:06d}", model, optimizer)
         distributed.barrier()
     return model, optimizer

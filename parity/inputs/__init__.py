@@ -13,7 +13,7 @@ import zlib
 
 import numpy as np
 
-from parity.case import FAINT, Case
+from parity.case import DEFAULTS, FAINT, Case
 from parity.inputs.deal import deal_tokens
 from parity.inputs.gaussian import gaussian_stack
 from parity.inputs.lattice import integer_stack, lattice_stack
@@ -39,30 +39,60 @@ def input_seed(case: Case) -> int:
     kind = case.proof if case.proof in _BUILDERS else "gaussian"
     identity = (kind, case.layers, case.rank, case.alpha, case.tokens, case.base, case.compute)
     features = (case.activation, case.bias, case.zero_rows, case.hard_rows, case.zero_b, case.ties, case.seed)
-    features += ("dropout",) if case.dropout else ()
+    features += (case.dropout,) if case.dropout else ()
+    features += (case.blocksize,) if case.blocksize != DEFAULTS["blocksize"] else ()
     return zlib.crc32(repr((identity, features)).encode())
 
 
-def batches(case: Case, rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """What one rank sees at each step: `(x, G)`, with the loss `sum(G * y)`.
+def parts(case: Case, rank: int) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    """What one rank sees in each forward of each step: `(x, G)`, with the loss `sum(G * y)`.
 
-    FSDP takes the mean over ranks, so each rank's cotangent carries the world size (S3); a one-hot case
-    leaves it out and gives every rank but one a zero cotangent.
+    FSDP takes the mean over ranks, so each rank's cotangent carries the world size (S3); a one-hot case leaves it out
+    and gives every rank but one a zero cotangent. Where a step has several forwards, unequal parts of the rank's
+    tokens, the loss is the mean over the tokens of all ranks (T1): their number, a power of two, is put into the
+    cotangent, so that the mean is the same number as the sum of a step in one go.
     """
     arrays = stack_inputs(case)
-    steps = []
-    for step in range(case.steps):
-        hot, mine = case.hot_rank(step), _tokens(case, rank, step)
-        weight = float(case.input_world) if hot is None else float(hot == rank or case.twin_world > 0)
-        steps.append((arrays["x"][mine], arrays["G"][mine] * np.float32(weight)))
-    return steps
+    return [
+        [
+            (arrays["x"][part], arrays["G"][part] * np.float32(_weight(case, rank, step)))
+            for part in forward_tokens(case, rank, step)
+        ]
+        for step in range(case.steps)
+    ]
 
 
-def masks(case: Case, rank: int) -> list[list[np.ndarray]]:
-    """D9: at each step, which of each layer's inputs one rank keeps (bool), for the tokens that `batches` gives it."""
+def batches(case: Case, rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The same where each step has one forward."""
+    return [forwards[0] for forwards in parts(case, rank)]
+
+
+def _weight(case: Case, rank: int, step: int) -> float:
+    """What the cotangent is multiplied by."""
+    hot = case.hot_rank(step)
+    several = float(case.tokens) if case.accumulate > 1 else 1.0  # `backpropagate` gives the world size itself
+    if hot is not None:
+        return several * float(hot == rank or case.twin_world > 0)
+    return several if case.accumulate > 1 else float(case.input_world)
+
+
+def forward_tokens(case: Case, rank: int, step: int) -> list[slice]:
+    """Which of all tokens each forward of a rank's step sees."""
+    mine = _tokens(case, rank, step)
+    if case.accumulate == 1:
+        return [mine]
+    dealt = deal_tokens(mine.stop - mine.start, case.accumulate)
+    return [slice(mine.start + part.start, mine.start + part.stop) for part in dealt]
+
+
+def masks(case: Case, rank: int) -> list[list[list[np.ndarray]]]:
+    """D9: at each step and forward, which of each layer's inputs one rank keeps (bool)."""
     arrays, layers = stack_inputs(case), range(len(case.layers))
     return [
-        [arrays[f"layers.{position}.keep"][_tokens(case, rank, step)] != 0 for position in layers]
+        [
+            [arrays[f"layers.{position}.keep"][part] != 0 for position in layers]
+            for part in forward_tokens(case, rank, step)
+        ]
         for step in range(case.steps)
     ]
 
@@ -71,18 +101,3 @@ def _tokens(case: Case, rank: int, step: int) -> slice:
     """Those of a rank; of a one-hot case's twin, those of the rank whose turn it is."""
     dealt, hot = deal_tokens(case.tokens, case.input_world), case.hot_rank(step)
     return dealt[hot if case.twin_world and hot is not None else rank]
-
-
-def parts(case: Case, rank: int) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-    """What one rank sees in each forward of each step, unequal parts of its tokens.
-
-    Where a step has several, the loss is the mean over the tokens of all ranks (T1): their number, a power of two, is
-    put into the cotangent, so that the mean is the same number as the sum of a step in one go.
-    """
-    if case.accumulate == 1:
-        return [[batch] for batch in batches(case, rank)]
-    arrays = stack_inputs(case)
-    mine = deal_tokens(case.tokens, case.input_world)[rank]
-    x, G = arrays["x"][mine], arrays["G"][mine] * np.float32(case.tokens)
-    forwards = [(x[part], G[part]) for part in deal_tokens(len(x), case.accumulate)]
-    return [forwards] * case.steps

@@ -16,10 +16,11 @@ from parity.errors import LatticeNotExact
 
 _FLOAT32_BITS = 24
 _BFLOAT16_BITS = 8
-BLOCK = 64
-"""Elements of a four-bit block (Q1)."""
-LARGEST_WORLD = 8
-"""Each rank's cotangent carries the world size; one draw serves every world up to this one."""
+EXACT_DROPOUTS = (0.0, 0.5, 0.75)
+"""The rates at which what is kept is multiplied by a power of two (D9)."""
+LARGEST_ODD_PART = {"bfloat16": 1, "float32": 7, "float64": 7}
+"""Each rank's cotangent carries the world size, of which a power of two only shifts the exponent. One draw serves every
+world whose odd part is at most this one: in float32 1 to 8, 10, 12, 14, 16 and so on, in bfloat16 powers of two."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,13 @@ def certify(case: Case, arrays: dict[str, np.ndarray]) -> Certificate:
     Raises:
         LatticeNotExact: a quantity could round, or a norm is no power of two.
     """
+    largest = LARGEST_ODD_PART[case.compute]
+    if odd_part(case.input_world) > largest:
+        raise LatticeNotExact(
+            f"{case.id}: {case.input_world} ranks multiply the cotangent by {odd_part(case.input_world)} and a power of"
+            f" two, and lattices in {case.compute} are certified up to {largest}",
+            hint="choose another world size, or a one-hot case",
+        )
     ledger = _Ledger(case)
     x = np.abs(arrays["x"].astype(np.float64))
     x_unit, inputs = 1.0, []
@@ -52,13 +60,28 @@ def certify(case: Case, arrays: dict[str, np.ndarray]) -> Certificate:
         layer = _absolute_layer(case, arrays, position)
         inputs.append((layer, x, x_unit))
         x, x_unit = ledger.forward(f"layers.{position}", layer, x, x_unit)
-    G, G_unit = np.abs(arrays["G"].astype(np.float64)) * LARGEST_WORLD, 1.0
+    G, G_unit = np.abs(arrays["G"].astype(np.float64)) * largest, 1.0
     for position in reversed(range(len(case.layers))):
         layer, x, x_unit = inputs[position]
         G, G_unit = ledger.backward(f"layers.{position}", layer, (x, x_unit), (G, G_unit))
     certificate = Certificate(ledger.units, ledger.allowed)
     certificate.require(case)
     return certificate
+
+
+def odd_part(number: int) -> int:
+    """What is left when every factor of two is taken out."""
+    return number // (number & -number)
+
+
+def require_gradients(case: Case, arrays: dict[str, np.ndarray]) -> None:
+    """Refuse a draw too sparse to give a gradient at all: where all of it is zero, anything passes."""
+    x, G = arrays["x"], arrays["G"]
+    met = x.any() and G.any()
+    if len(case.layers) == 1:
+        met = met and bool((G * (x @ arrays["layers.0.weight"].T)).any())
+    if not met:
+        raise LatticeNotExact(f"{case.id}: x and G never meet", hint="more tokens, or a denser draw")
 
 
 class _Ledger:
@@ -85,7 +108,7 @@ class _Ledger:
         factored += self.scaling**2 * (layer["lora_B"] @ gram * layer["lora_B"]).sum(1)
         self.note(f"{name} n^2", ((layer["weight"] + update) ** 2).sum(1), 1.0)
         self.note(f"{name} n^2 factored", factored, 1.0)
-        used = _dropped(x, layer)
+        used = _dropped(x, layer, self.case)
         hidden = used @ layer["lora_A"].T
         self.note(f"{name} x A'", hidden, unit, rounded=True)
         y0 = used @ layer["weight"].T + self.scaling * (hidden @ layer["lora_B"].T)
@@ -101,7 +124,7 @@ class _Ledger:
     ) -> tuple[np.ndarray, float]:
         """The closed form's sums, then the first update."""
         (x, x_unit), (G, G_unit) = at, cotangent
-        used = _dropped(x, layer)
+        used = _dropped(x, layer, self.case)
         hidden = used @ layer["lora_A"].T
         y0 = used @ layer["weight"].T + self.scaling * (hidden @ layer["lora_B"].T)
         H, H_unit = G * layer["ratio"], G_unit / 2
@@ -111,9 +134,9 @@ class _Ledger:
         self._gradient(f"{name} dm", (G * y0).sum(0), layer["magnitude"], x_unit * G_unit, divided=layer["norm"])
         self._gradient(f"{name} dB", self.scaling * (H.T @ hidden), layer["lora_B"], H_unit * x_unit, rounded=True)
         self._gradient(f"{name} dA", narrow.T @ used, layer["lora_A"], H_unit * x_unit, rounded=True)
-        dx = _dropped(H @ V, layer)
+        dx = _dropped(H @ V, layer, self.case)
         if "keep" in layer:  # mask * ((H - G) W + s (H B) A) + G W
-            dx += _dropped(G @ layer["weight"], layer) + G @ layer["weight"]
+            dx += _dropped(G @ layer["weight"], layer, self.case) + G @ layer["weight"]
         self.note(f"{name} dx", dx, H_unit, rounded=True)
         return dx, H_unit
 
@@ -135,9 +158,9 @@ class _Ledger:
         self.note(f"{name} update", parameter + step, min(step_unit, 0.5))
 
 
-def _dropped(values: np.ndarray, layer: dict[str, np.ndarray]) -> np.ndarray:
-    """D9: mask * values, which is twice what is kept."""
-    return 2.0 * layer["keep"] * values if "keep" in layer else values
+def _dropped(values: np.ndarray, layer: dict[str, np.ndarray], case: Case) -> np.ndarray:
+    """D9: mask * values, 1 / (1 - p) times what is kept: exact where that is a power of two."""
+    return layer["keep"] * values / (1.0 - case.dropout) if "keep" in layer else values
 
 
 def _absolute_layer(case: Case, arrays: dict[str, np.ndarray], position: int) -> dict[str, np.ndarray]:
@@ -148,7 +171,9 @@ def _absolute_layer(case: Case, arrays: dict[str, np.ndarray], position: int) ->
     norm = np.sqrt((V**2).sum(1))
     if np.any(np.frexp(norm[norm > 0])[0] != 0.5):  # noqa: PLR2004 - a power of two has mantissa 1/2
         raise LatticeNotExact(f"{case.id}: layer {position} has a norm that is no power of two")
-    if case.base == "nf4":
+    if case.dropout not in EXACT_DROPOUTS:
+        raise LatticeNotExact(f"{case.id}: 1 / (1 - {case.dropout:g}) is no power of two")
+    if case.base in {"nf4", "fp4"}:
         _require_equal_blocks(case, layer["weight"], position)
     layer["norm"] = norm
     layer["ratio"] = np.where(norm > 0, layer["magnitude"] / np.where(norm > 0, norm, 1.0), 0.0)
@@ -158,7 +183,7 @@ def _absolute_layer(case: Case, arrays: dict[str, np.ndarray], position: int) ->
 
 def _require_equal_blocks(case: Case, weight: np.ndarray, position: int) -> None:
     """Every block's absmax is 1: then nested scales are all the mean, and decode to it exactly (Q6)."""
-    blocks = np.pad(np.abs(weight).ravel(), (0, -weight.size % BLOCK)).reshape(-1, BLOCK)
+    blocks = np.pad(np.abs(weight).ravel(), (0, -weight.size % case.blocksize)).reshape(-1, case.blocksize)
     if np.any(blocks.max(axis=1) != 1):
         raise LatticeNotExact(f"{case.id}: layer {position} has a block whose absmax is not 1")
 
@@ -171,5 +196,5 @@ def require_exact_squares(case: Case, layer: dict[str, np.ndarray], position: in
     reach += scaling**2 * ((lora_B @ (lora_A @ lora_A.T)) * lora_B).sum(1)
     if reach.max() >= 2.0**_FLOAT32_BITS:
         raise LatticeNotExact(f"{case.id}: layer {position} has squares beyond float32's integers")
-    if case.base == "nf4":
+    if case.base in {"nf4", "fp4"}:
         _require_equal_blocks(case, weight, position)

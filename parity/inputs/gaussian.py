@@ -26,11 +26,11 @@ def gaussian_stack(case: Case, generator: np.random.Generator) -> dict[str, np.n
 
 
 def drawn_masks(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray]:
-    """D9: which of every layer's inputs are kept, half of them; none without dropout."""
+    """D9: which of every layer's inputs are kept, a share of 1 - p; none without dropout."""
     if not case.dropout:
         return {}
     return {
-        f"layers.{position}.keep": generator.integers(2, size=(case.tokens, fan_in)).astype(np.float32)
+        f"layers.{position}.keep": (generator.random((case.tokens, fan_in)) >= case.dropout).astype(np.float32)
         for position, (fan_in, _) in enumerate(case.layers)
     }
 
@@ -38,7 +38,7 @@ def drawn_masks(case: Case, generator: np.random.Generator) -> dict[str, np.ndar
 def _layer(case: Case, generator: np.random.Generator, *, fan_in: int, fan_out: int) -> dict[str, np.ndarray]:
     # A four-bit base is made from bfloat16 numbers, as in QLoRA: then the mean of the blocks' absmax (Q6), which
     # both sides take in an order of their own, is exact before its one rounding, and every decoded bit is foretold.
-    held = "bfloat16" if case.base == "nf4" else case.base
+    held = "bfloat16" if case.base in {"nf4", "fp4"} else case.base
     weight = _held(generator.standard_normal((fan_out, fan_in)) / np.sqrt(fan_in), held)
     if case.ties:
         weight = tied_weight(generator, (fan_out, fan_in))

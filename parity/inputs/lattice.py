@@ -14,13 +14,13 @@ import numpy as np
 
 from parity.case import Case
 from parity.errors import LatticeNotExact
-from parity.inputs.certificate import certify, require_exact_squares
+from parity.inputs.certificate import certify, require_exact_squares, require_gradients
 from parity.inputs.gaussian import drawn_masks
 
 _WIDE = 2.0
 """A scaling beyond which an update has one tap a row: s^2 a tap must leave room in the square."""
-_ATTEMPTS = 64
-"""Draws before a case is called impossible; one in a few succeeds where any does."""
+_ATTEMPTS = 512
+"""Draws before a case is called impossible; one in some tens succeeds where any does."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ def lattice_stack(case: Case, generator: np.random.Generator) -> dict[str, np.nd
     for _ in range(_ATTEMPTS):
         arrays = _draw(case, generator)
         try:
+            require_gradients(case, arrays)
             certify(case, arrays)
         except LatticeNotExact as error:
             reason = error
@@ -62,14 +63,14 @@ def integer_stack(case: Case, generator: np.random.Generator) -> dict[str, np.nd
     """
     arrays: dict[str, np.ndarray] = {}
     for position, (fan_in, fan_out) in enumerate(case.layers):
-        most = 1 if case.base == "nf4" else 3  # codes of an NF4 block with absmax 1
+        most = 1 if case.base in {"nf4", "fp4"} else 3  # codes of an NF4 block with absmax 1
         weight = generator.integers(-most, most + 1, size=(fan_out, fan_in))
         weight.reshape(-1)[-1] = 1  # the last block may be short, and must not be all zeros
         lora_A = generator.integers(-1, 2, size=(case.rank, fan_in))
         lora_B = generator.integers(-1, 2, size=(fan_out, case.rank)) * (not case.zero_b)
         layer = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B, "magnitude": np.ones(fan_out)}
         require_exact_squares(case, layer, position)
-        if case.base != "nf4":
+        if case.base not in {"nf4", "fp4"}:
             _make_rows_hard(case, layer)
         arrays |= {f"layers.{position}.{name}": value.astype(np.float32) for name, value in layer.items()}
     return arrays
@@ -91,7 +92,7 @@ def _draw(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray]:
     density = _SPARSE if case.compute == "bfloat16" else _DENSE
     arrays: dict[str, np.ndarray] = {}
     for position, (fan_in, fan_out) in enumerate(case.layers):
-        draw = _quantised_layer if case.base == "nf4" else _dense_layer
+        draw = _quantised_layer if case.base in {"nf4", "fp4"} else _dense_layer
         layer = draw(case, generator, fan_in=fan_in, fan_out=fan_out)
         arrays.update({f"layers.{position}.{name}": value for name, value in layer.items()})
     arrays |= drawn_masks(case, generator)
@@ -150,7 +151,8 @@ def _finish(case: Case, generator: np.random.Generator, **layer: np.ndarray) -> 
     ratio = generator.choice([0.5, 1.0, 2.0], size=len(norm)) if case.compute != "bfloat16" else np.ones(len(norm))
     layer["magnitude"] = np.where(norm > 0, norm * ratio, 1.0)
     if case.bias:
-        layer["bias"] = generator.integers(-2, 3, size=len(norm)).astype(np.float64)
+        bias = generator.integers(-2, 3, size=len(norm)).astype(np.float64)
+        layer["bias"] = np.where((norm == 0) & (bias == 0), 1.0, bias)  # D7: a zero row's output is its bias, not 0
     return layer
 
 

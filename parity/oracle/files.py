@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import product
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from parity import bounds
@@ -14,7 +13,7 @@ from parity.inputs import stack_inputs
 from parity.inputs.llama import LEFT, LINEARS, llama_weights
 from parity.oracle.prediction import Prediction, Predictions
 from parity.oracle.stack import FACTORS, stack_arrays
-from parity.oracle.weights import PROFILE
+from parity.oracle.weights import PROFILE, STORAGES
 from ref import dora, quant
 
 
@@ -49,7 +48,7 @@ def predict_checkpoint(case: Case) -> Predictions:
         packed, state = quant.encode(weights[name], quant_type=case.base, profile=PROFILE, nested=not case.flat)
         decoded = Prediction(value=np.asarray(quant.decode(packed, state)))
         ours = f"{name.removesuffix('.weight')}.base.weight"
-        stored = np.asarray(packed).view(_STORAGES[case.storage]).reshape(-1, 1)
+        stored = np.asarray(packed).view(STORAGES[case.storage]).reshape(-1, 1)
         predictions[0, "packed", name] = Prediction(value=np.asarray(packed))
         predictions[0, "absmax", name] = Prediction(value=np.asarray(state.absmax))
         predictions[0, "decoded", name] = predictions[0, "decoded", ours] = decoded
@@ -57,9 +56,6 @@ def predict_checkpoint(case: Case) -> Predictions:
     for name, kind in product(LEFT, ("decoded", "parameter")):
         predictions[0, kind, name] = Prediction(value=np.asarray(weights[name]))
     return predictions
-
-
-_STORAGES = {"bfloat16": ml_dtypes.bfloat16, **{name: np.dtype(name) for name in ("uint8", "float16", "float32")}}
 
 
 def predict_adapters(case: Case) -> Predictions:

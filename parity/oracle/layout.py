@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from parity.case import Case
 from parity.oracle.prediction import LayoutQuestion, Layouts
+from parity.oracle.weights import stored_shape
 from parity.shard import Index
 from ref import layouts as rules
 from ref.model_layouts import ALIGNED_BYTES
+
+Member = tuple[str, tuple[int, ...], int]
+"""(name, unsharded shape, bytes an element) of a parameter."""
 
 
 def predict_layout(question: LayoutQuestion) -> Layouts:
     """FSDP2 cuts dim 0; FSDP1 cuts each unit's flat parameter. World 1 is not cut at all, nor are replicas."""
     layouts: Layouts = {}
-    for unit in _units(question).values():
-        for rank in range(question.world):
-            layouts |= {(name, rank): index for name, index in _unit_layout(question, unit, rank)}
+    for unit in _units(question.case):
+        for rank in range(question.case.world):
+            layouts |= {(name, rank): index for name, index in _unit_layout(question.case, unit, rank)}
     return layouts
 
 
-def _units(question: LayoutQuestion) -> dict[str, list]:
-    """S7: a layer's A, B and magnitude share a unit; its base weight and its bias have one each."""
-    units: dict[str, list] = {}
-    for member in question.members:
-        parent, _, leaf = member[0].rpartition(".")
-        own = leaf in {"lora_A", "lora_B", "magnitude"}
-        units.setdefault(parent if own else member[0], []).append(member)
-    return units
+def _units(case: Case) -> Iterator[list[Member]]:
+    """S7: a layer's A, B and magnitude share a unit, in this order; its base weight and its bias have one each."""
+    width = 2 if case.base == "bfloat16" else 4
+    for position, (fan_in, fan_out) in enumerate(case.layers):
+        name = f"layers.{position}"
+        shape, stored_width = stored_shape(case, (fan_out, fan_in))
+        yield [(f"{name}.base.weight", shape, stored_width)]
+        if case.bias:
+            yield [(f"{name}.bias.value", (fan_out,), width)]
+        adapter = [(f"{name}.lora_A", (case.rank, fan_in), 4), (f"{name}.lora_B", (fan_out, case.rank), 4)]
+        yield [*adapter, *([(f"{name}.magnitude", (fan_out,), 4)] if case.method == "dora" else [])]
 
 
-def _unit_layout(question: LayoutQuestion, unit: list, rank: int) -> list[tuple[str, Index]]:
-    size = question.world // question.copies  # the ranks of one row of the mesh, which share one copy
-    if not question.strategy.startswith("fsdp1"):
+def _unit_layout(case: Case, unit: list[Member], rank: int) -> list[tuple[str, Index]]:
+    size = case.world // case.copies  # the ranks of one row of the mesh, which share one copy
+    if not case.strategy.startswith("fsdp1"):
         return [
             (name, (rules.fsdp2_row_range(shape[0], world_size=size, rank=rank % size), *_whole(shape[1:])))
             for name, shape, _ in unit
         ]
-    alignment = ALIGNED_BYTES // unit[0][2] if question.strategy == "fsdp1-orig" else None
+    alignment = ALIGNED_BYTES // unit[0][2] if case.strategy == "fsdp1-orig" else None
     members = [(name, shape) for name, shape, _ in unit]
     layout = rules.flat_layout(members, world_size=size, alignment=alignment)
-    return [(name, (part,)) for name, part in layout.shard(rank)]
+    return [(name, (part,)) for name, part in layout.shard(rank % size)]
 
 
 def _whole(shape: tuple[int, ...]) -> Index:

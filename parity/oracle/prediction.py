@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from parity.case import Case
 from parity.shard import Index
 
 Key = tuple[int, str, str]
@@ -32,14 +33,9 @@ Predictions = dict[Key, Prediction]
 
 @dataclass(frozen=True)
 class LayoutQuestion:
-    """Where should these parameters lie?"""
+    """Where should the parameters of this case lie, by the reference's own units and order (S1, S2, S7)?"""
 
-    strategy: str
-    world: int
-    copies: int
-    """How many ranks hold the same part: those that are a whole number of shards apart (S9)."""
-    members: tuple[tuple[str, tuple[int, ...], int], ...]
-    """(name, global shape, item size) of each parameter, in registration order."""
+    case: Case
 
 
 Layouts = dict[tuple[str, int], Index]

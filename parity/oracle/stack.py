@@ -5,7 +5,6 @@ Axis legend: W_OI (out, in), x_TI (tokens, in), G_TO (tokens, out).
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -16,9 +15,9 @@ from jax import Array
 
 from parity import bounds
 from parity.case import Case
-from parity.inputs import deal_tokens, stack_inputs
-from parity.oracle.prediction import Prediction, Predictions
-from parity.oracle.weights import weight_used
+from parity.inputs import forward_tokens, stack_inputs
+from parity.oracle.prediction import Key, Prediction, Predictions
+from parity.oracle.weights import stored_weight, weight_used
 from ref import dora, training
 from ref.types import Adapter, NormGradient
 
@@ -28,16 +27,32 @@ _PRECISIONS = {"float32": bounds.FLOAT32, "bfloat16": bounds.BFLOAT16_COMPUTE, "
 
 def predict_stack(case: Case) -> Predictions:
     """Every gradient, parameter and momentum of every step; in bounded cases with limits and the nearest bugs."""
-    right = _train(case)
+    right, frozen = _train(case), _frozen(case)
     if case.is_exact:
-        return {key: Prediction(value=value) for key, value in right.items()}
+        return frozen | {key: Prediction(value=value) for key, value in right.items()}
     tracked = _bounds(case)
-    nearest = {"NormNotDetached": _train(case, norm_gradient="full")}
-    if case.compute == "bfloat16":  # the narrowest numbers hide it best (D11); in float32 any check would see it
-        nearest["MagnitudeDtype"] = _train(case, magnitude_dtype="bfloat16")
-    return {
-        key: _prediction(value, tracked[key], {name: tensors[key] for name, tensors in nearest.items()})
+    nearest = {} if case.method == "lora" else {"NormNotDetached": _train(case, norm_gradient="full")}
+    return frozen | {
+        key: _prediction(value, tracked[_tracked_key(key)], {name: tensors[key] for name, tensors in nearest.items()})
         for key, value in right.items()
+    }
+
+
+def _tracked_key(key: Key) -> Key:
+    """By what name the bounds have it."""
+    step, kind, name = key
+    return (step, "gradient", name) if kind == "input_gradient" else key
+
+
+def _frozen(case: Case) -> Predictions:
+    """S6: the bits of each frozen weight, dense or packed, before the first step and after the last."""
+    inputs = stack_inputs(case)
+    return {
+        (step, "parameter", f"layers.{position}.base.weight"): Prediction(
+            value=stored_weight(case, inputs[f"layers.{position}.weight"])
+        )
+        for position in range(len(case.layers))
+        for step in {0, case.steps}
     }
 
 
@@ -70,20 +85,28 @@ def stack_arrays(case: Case) -> tuple[tuple[Array, ...], tuple[Array | None, ...
     names = [f"layers.{position}" for position in range(len(case.layers))]
     weights = tuple(weight_used(case, inputs[f"{name}.weight"]) for name in names)
     biases = tuple(_float64(inputs.get(f"{name}.bias")) for name in names)
-    adapters = tuple(Adapter(*(_float64(inputs[f"{name}.{factor}"]) for factor in FACTORS)) for name in names)
+    trained = FACTORS if case.method == "dora" else FACTORS[:2]
+    adapters = tuple(
+        Adapter(**dict.fromkeys(FACTORS) | {factor: _float64(inputs[f"{name}.{factor}"]) for factor in trained})
+        for name in names
+    )
     return weights, biases, adapters
 
 
-def dropout_mask(keep: np.ndarray | None) -> Array | None:
-    """D9: what dropout multiplies by, 2 where a number is kept; None without dropout."""
-    return None if keep is None else 2.0 * jnp.asarray(keep, dtype=jnp.float64)
+def dropout_mask(keep: np.ndarray | None, *, rate: float = 0.5) -> Array | None:
+    """D9: what dropout multiplies by, 1 / (1 - p) where a number is kept; None without dropout."""
+    return None if keep is None else jnp.asarray(keep, dtype=jnp.float64) / (1.0 - rate)
 
 
 def _float64(array: np.ndarray | None) -> Array | None:
     return None if array is None else jnp.asarray(array, dtype=jnp.float64)
 
 
-@functools.partial(jax.jit, static_argnames=("scaling", "activation", "norm_gradient"))
+Gradients = tuple[tuple[Adapter, ...], Array, Array, tuple[Array, ...]]
+"""The adapters' gradients, dx (tokens, in), y (tokens, out), and each layer's norm (out,)."""
+
+
+@functools.partial(jax.jit, static_argnames=("scaling", "activation", "norm_gradient", "method"))
 def gradients(
     adapters: tuple[Adapter, ...],
     weights: tuple[Array, ...],
@@ -95,49 +118,85 @@ def gradients(
     scaling: float,
     activation: str,
     norm_gradient: NormGradient = "constant",
-) -> tuple[Adapter, ...]:
-    """The derivative of `sum(G * y)` with respect to every adapter."""
+    method: str = "dora",
+) -> Gradients:
+    """The derivative of `sum(G * y)` with respect to every adapter and to x, the output, and the norms."""
 
-    def loss(adapters: tuple[Adapter, ...]) -> Array:
-        y = x_TI
+    def loss(adapters: tuple[Adapter, ...], x: Array) -> tuple[Array, Array]:
+        y = x
         for position, adapter in enumerate(adapters):
             y = jax.nn.relu(y) if position and activation == "relu" else y
-            y = dora.forward(
-                y,
-                weights[position],
-                adapter,
-                scaling=scaling,
-                bias_O=biases[position],
-                mask_TI=masks[position] if masks else None,
-                norm_gradient=norm_gradient,
-            )
-        return jnp.sum(G_TO * y)
+            mask = masks[position] if masks else None
+            layer = {"scaling": scaling, "bias_O": biases[position], "mask_TI": mask}
+            if method == "lora":
+                y = _plain_lora(y, weights[position], adapter, **layer)
+            else:
+                y = dora.forward(y, weights[position], adapter, norm_gradient=norm_gradient, **layer)
+        return jnp.sum(G_TO * y), y
 
-    return jax.grad(loss)(adapters)
+    (in_adapters, in_x), y_TO = jax.grad(loss, argnums=(0, 1), has_aux=True)(adapters, x_TI)
+    norms = tuple(
+        dora.weight_norm(dora.direction(weight, adapter.lora_A, adapter.lora_B, scaling=scaling))
+        for weight, adapter in zip(weights, adapters, strict=True)
+    )
+    return in_adapters, in_x, y_TO, norms
 
 
-def _train(case: Case, *, norm_gradient: NormGradient = "constant", magnitude_dtype: str = "float64") -> dict:
-    """Steps on all tokens at once; the same batch at every step. The two options plant a bug each."""
+def _plain_lora(
+    x: Array, weight: Array, adapter: Adapter, *, scaling: float, bias_O: Array | None, mask_TI: Array | None
+) -> Array:
+    """`x W' + s (u A') B' + b`: the layer without a magnitude (`method="lora"`)."""
+    u = x if mask_TI is None else x * mask_TI
+    y = x @ weight.T + scaling * (u @ adapter.lora_A.T) @ adapter.lora_B.T
+    return y if bias_O is None else y + bias_O
+
+
+def _train(case: Case, *, norm_gradient: NormGradient = "constant") -> dict:
+    """Steps on all tokens at once; the same batch at every step. The option plants a bug."""
     inputs = stack_inputs(case)
     weights, biases, adapters = stack_arrays(case)
-    masks = tuple(dropout_mask(inputs.get(f"layers.{position}.keep")) for position in range(len(case.layers)))
+    masks = tuple(
+        dropout_mask(inputs.get(f"layers.{position}.keep"), rate=case.dropout) for position in range(len(case.layers))
+    )
     x_TI, G_TO = _float64(inputs["x"]), _float64(inputs["G"])
     options = {
         "scaling": dora.scaling(case.alpha, case.rank, rank_stabilized=case.rank_stabilized),
         "activation": case.activation,
+        "method": case.method,
+        "norm_gradient": norm_gradient,
     }
     state, tensors = None, {}
     for step in range(1, case.steps + 1):
-        seen = tuple(
-            dataclasses.replace(a, magnitude=a.magnitude.astype(magnitude_dtype).astype(jnp.float64)) for a in adapters
-        )
-        gradient = gradients(seen, weights, biases, x_TI, G_TO, norm_gradient=norm_gradient, masks=masks, **options)
+        gradient, dx, y, norms = gradients(adapters, weights, biases, x_TI, G_TO, masks=masks, **options)
+        tensors |= _outside(step, G_TO, dx=dx, y=y) | _norms(case, step, adapters, norms)
         if case.clip:
             gradient, _ = training.clip(gradient, max_norm=case.clip)
         adapters, state, kept = _stepped(case, adapters, gradient, state)
         kinds = {"gradient": gradient, "parameter": adapters, **kept}
         tensors |= {key: value for kind, tree in kinds.items() for key, value in _named(step, kind, tree).items()}
     return tensors
+
+
+def _outside(step: int, G_TO: Array, *, dx: Array, y: Array) -> dict:
+    """What stands outside of the layers: y, dx, and each token's part of the loss."""
+    return {
+        (step, "output", "y"): np.asarray(y),
+        (step, "input_gradient", "x"): np.asarray(dx),
+        (step, "loss", "loss"): np.asarray(jnp.sum(G_TO * y, axis=1)),
+    }
+
+
+def _norms(case: Case, step: int, adapters: tuple[Adapter, ...], norms: tuple[Array, ...]) -> dict:
+    """D3, D7: n and c of every layer, as values."""
+    if case.method == "lora":
+        return {}
+    ratios = [dora.ratio(adapter.magnitude, norm) for adapter, norm in zip(adapters, norms, strict=True)]
+    kinds = {"norm": norms, "ratio": ratios}
+    return {
+        (step, kind, f"layers.{position}"): np.asarray(array)
+        for kind, arrays in kinds.items()
+        for position, array in enumerate(arrays)
+    }
 
 
 def _stepped(case: Case, adapters: tuple[Adapter, ...], gradient: tuple[Adapter, ...], state: Any) -> tuple:
@@ -155,6 +214,7 @@ def _named(step: int, kind: str, adapters: tuple[Adapter, ...]) -> dict:
         (step, kind, f"layers.{position}.{factor}"): np.asarray(getattr(adapter, factor))
         for position, adapter in enumerate(adapters)
         for factor in FACTORS
+        if getattr(adapter, factor) is not None
     }
 
 
@@ -166,7 +226,7 @@ def _bounds(case: Case) -> dict:
         bounds.LayerInputs(
             weight=np.asarray(weight),
             bias=None if bias is None else np.asarray(bias),
-            **{factor: np.asarray(getattr(adapter, factor)) for factor in FACTORS},
+            **{factor: _numpy(getattr(adapter, factor)) for factor in FACTORS},
         )
         for weight, bias, adapter in zip(weights, biases, adapters, strict=True)
     ]
@@ -186,7 +246,8 @@ def _bounds(case: Case) -> dict:
         ),
         steps=case.steps,
         world=case.world,
-        tokens=[part.stop - part.start for part in deal_tokens(case.tokens, case.world)],
+        masks=_masks(case),
+        tokens=[_counts(case, rank) for rank in range(case.world)],
         d9=case.subject == "peft",
     )
     tracked = {(at, kind, name): tensor for at, step in enumerate(steps, 1) for (name, kind), tensor in step.items()}
@@ -198,6 +259,24 @@ def _bounds(case: Case) -> dict:
             key = (1, "gradient", f"layers.0.{factor}")
             tracked[key] = bounds.summed(tracked[key], squares, terms=inputs["G"].size, unit=bounds.FLOAT64.unit)
     return tracked
+
+
+def _numpy(array: Array | None) -> np.ndarray | None:
+    return None if array is None else np.asarray(array)
+
+
+def _masks(case: Case) -> list[np.ndarray | None] | None:
+    """D9: what multiplies each layer's input; None without dropout."""
+    if not case.dropout:
+        return None
+    inputs = stack_inputs(case)
+    keeps = (inputs[f"layers.{position}.keep"] for position in range(len(case.layers)))
+    return [_numpy(dropout_mask(keep, rate=case.dropout)) for keep in keeps]
+
+
+def _counts(case: Case, rank: int) -> list[int]:
+    """The tokens of each forward of a rank's step (T1)."""
+    return [part.stop - part.start for part in forward_tokens(case, rank, 0)]
 
 
 def _loss_terms(layer: bounds.LayerInputs, inputs: dict[str, np.ndarray], *, scaling: float) -> dict[str, np.ndarray]:

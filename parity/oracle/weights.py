@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax import Array
 
@@ -11,6 +12,9 @@ from ref import quant
 
 BLOCKSIZE = 64
 """Elements that share an absmax (Q1)."""
+
+CODES = ("nf4", "fp4")
+"""The bases in four bits."""
 
 PROFILE = "bnb-cpu"
 """The encode profile of the device that the ranks run on (Q5)."""
@@ -23,12 +27,43 @@ def weight_used(case: Case, weight: np.ndarray, *, offset: float | None = None) 
     on the order in which torch sums. Where none is given it is the mean, rounded once.
     """
     held = jnp.asarray(weight)
-    if case.base == "nf4":
-        packed, state = quant.encode(held, profile=PROFILE, nested=True, offset=offset)
+    if case.base in CODES:
+        packed, state = _encoded(case, held, offset=offset)
         held = quant.decode(packed, state, dtype=jnp.dtype("float32"))
     if case.compute != "float64":
         held = held.astype(case.compute)
     return held.astype(jnp.float64)
+
+
+STORAGES = {"bfloat16": ml_dtypes.bfloat16, **{name: np.dtype(name) for name in ("uint8", "float16", "float32")}}
+"""What packed bytes may be seen as (Q3)."""
+STACK_STORAGE = "bfloat16"
+"""What they are seen as in a stack, `torch_impl`'s default."""
+
+
+def stored_shape(case: Case, shape: tuple[int, int]) -> tuple[tuple[int, int], int]:
+    """The shape of a frozen weight as it is held, and its bytes an element: packed bytes are a column (S1, S6)."""
+    if case.base not in CODES:
+        return shape, {"bfloat16": 2, "float64": 8}.get(case.base, 4)
+    width = np.dtype(STORAGES[STACK_STORAGE]).itemsize
+    return (-(-((shape[0] * shape[1] + 1) // 2) // width), 1), width
+
+
+def stored_weight(case: Case, weight: np.ndarray) -> np.ndarray:
+    """The bits of a frozen weight as they are held: dense in its dtype, or packed, padded and seen as the storage."""
+    if case.base not in CODES:
+        return weight.astype(STORAGES.get(case.base, case.base))
+    packed, _ = _encoded(case, jnp.asarray(weight), offset=None)
+    (rows, _), width = stored_shape(case, weight.shape)
+    held = np.zeros(rows * width, np.uint8)
+    held[: packed.size] = np.asarray(packed).ravel()
+    return held.view(STORAGES[STACK_STORAGE]).reshape(-1, 1)
+
+
+def _encoded(case: Case, weight: Array, *, offset: float | None) -> tuple:
+    nested = not case.flat
+    extra = {"offset": offset} if nested else {}
+    return quant.encode(weight, quant_type=case.base, blocksize=case.blocksize, profile=PROFILE, nested=nested, **extra)
 
 
 def offset_and_bound(weight: np.ndarray) -> tuple[float, float]:

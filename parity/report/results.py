@@ -18,7 +18,8 @@ from parity.checks.shard_check import Check
 from parity.shard import describe_index
 
 SCHEMA = 1
-Status = Literal["passed", "failed", "skipped", "error"]
+Status = Literal["passed", "failed", "skipped", "error", "vacuous"]
+"""`vacuous`: every check passed, and none of them could have failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,48 @@ class CaseResult:
     def counted(self) -> tuple[Check, ...]:
         """The checks that could have failed."""
         return tuple(check for check in self.checks if not check.vacuous)
+
+    @property
+    def clauses(self) -> set[str]:
+        """The clauses that its counted checks bear on."""
+        return {clause for check in self.counted for clause in check.clauses}
+
+
+GROUPS = {
+    "independent": "gradients and magnitudes against the reference",
+    "observed": "outputs, losses, norms, state and parameters against it",
+    "twin": "shards against the same run unsharded",
+    "files": "stored bytes, files and refusals",
+    "layout": "places of shards",
+    "frozen": "what must not have changed, and what was declared",
+    "mutant": "mutants that must fail",
+}
+"""Kinds of check, in words, in the order of their weight."""
+
+
+ASIDE = ("layout", "frozen")
+"""Groups that say nothing of what was computed: they never make a case pass by themselves."""
+
+
+def _judges(check: Check) -> bool:
+    """Whether it says of what was computed that it is right."""
+    return check.against == "oracle" and group_of(check) not in ASIDE
+
+
+def group_of(check: Check) -> str:
+    """The first of `GROUPS` that a check belongs to."""
+    if check.against in {"twin", "layout", "mutant"}:
+        return check.against
+    if check.against in {"itself", "declared"}:
+        return "frozen" if check.kind != "output" else "independent"
+    if check.kind in {"packed", "absmax", "decoded", "offset", "merged", "scaling", "refusal"}:
+        return "files"
+    leaf = check.tensor.rpartition(".")[2]
+    if check.kind == "gradient" or leaf == "magnitude":
+        return "independent"
+    if check.kind == "parameter" and leaf not in {"lora_A", "lora_B"}:
+        return "frozen"
+    return "observed"
 
 
 @dataclass
@@ -65,13 +108,26 @@ class Results:
         """Clauses that some case claims and no non-vacuous check bears on."""
         own = [result for result in self.cases if result.case.link != "controls"]  # a planted bug proves no clause
         claimed = {clause for result in own if result.status != "skipped" for clause in result.case.clauses}
-        shown = {clause for result in own if result.counted for clause in result.case.clauses}
+        shown = {clause for result in own for clause in result.clauses}
         return sorted(claimed - shown)
+
+    def unjudged(self) -> list[str]:
+        """Implementations that were compared with themselves alone: sharded as unsharded, right or wrong."""
+        twin = {result.implementation for result in self.cases if any(c.against == "twin" for c in result.counted)}
+        judged = {result.implementation for result in self.cases if any(_judges(check) for check in result.counted)}
+        return sorted(twin - judged)
 
     @property
     def holds(self) -> bool:
         """Whether the run may exit 0: complete, nothing fell short, something was checked, no clause left bare."""
-        return self.seconds is not None and not self.failed and self.checks > 0 and not self.unproven_clauses()
+        complete = self.seconds is not None and self.checks > 0
+        return complete and not self.failed and not self.unproven_clauses() and not self.unjudged()
+
+    def by_group(self) -> dict[str, int]:
+        """Counted checks by what they are of; first the ones that matter, against an expectation of other making."""
+        counts = dict.fromkeys(GROUPS, 0)
+        counts.update(Counter(group_of(check) for result in self.cases for check in result.counted))
+        return counts
 
     def summary(self) -> dict[str, Any]:
         """The counts."""
@@ -79,7 +135,7 @@ class Results:
         by_link: Counter[str] = Counter()
         for result in self.cases:
             by_link[result.case.link] += len(result.counted)
-            by_clause.update({clause: len(result.counted) for clause in result.case.clauses})
+            by_clause.update(clause for check in result.counted for clause in check.clauses)
         every = [check for result in self.cases for check in result.checks]
         ratios = [check.ratio for check in every if check.ratio is not None and check.mode in {"bound", "norm"}]
         return {
@@ -88,8 +144,11 @@ class Results:
             "vacuous": sum(bool(check.vacuous) for check in every),
             "failed": self.failed,
             "skipped": sum(result.status == "skipped" for result in self.cases),
+            "all_vacuous": sum(result.status == "vacuous" for result in self.cases),
+            "by_group": self.by_group(),
             "worst_ratio": max(ratios, default=None),
             "unproven_clauses": self.unproven_clauses(),
+            "unjudged": self.unjudged(),
             "by_link": dict(by_link),
             "by_clause": dict(sorted(by_clause.items())),
         }
@@ -130,12 +189,16 @@ def _check_as_json(check: Check) -> dict[str, Any]:
         "step": check.step,
         "rank": check.rank,
         "index": describe_index(check.index),
-        "mode": check.mode,
+        "mode": check.mode or check.fault or check.kind,
+        "against": check.against,
+        "clauses": list(check.clauses),
         "worst": _finite(check.worst),
         "limit": _finite(check.limit),
         "ratio": check.ratio,
         "passed": check.passed,
     }
+    entry |= {"fault": check.fault} if check.fault else {}
+    entry |= {"detects": check.detects} if check.detects is not None and check.detects < float("inf") else {}
     entry |= {"vacuous": check.vacuous} if check.vacuous else {}
     if check.evidence:
         evidence = check.evidence

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from parity.checks.shard_check import Check
 from parity.report.environment import deviations
-from parity.report.results import CaseResult, Results, worst_of
+from parity.report.results import GROUPS, CaseResult, Results, worst_of
+from parity.report.scales import show_scales
 from parity.shard import describe_index
 
 LINK_WORDS = {
@@ -62,6 +63,8 @@ def show(results: Results, console: Console) -> None:
     """The whole view after a run: what broke first, the verdict last, where one looks."""
     _show_failures(results, console)
     _show_links(results, console)
+    _show_groups(results, console)
+    show_scales(results, console)
     _show_remarks(results, console)
     console.print(verdict(results), soft_wrap=True)
 
@@ -70,9 +73,11 @@ def verdict(results: Results) -> str:
     """One sentence."""
     summary = results.summary()
     seconds = f"{results.seconds:.0f} s" if results.seconds is not None else "an unfinished run"
+    independent = summary["by_group"]["independent"]
     counts = (
-        f"{summary['cases']} cases, {summary['checks']} checks that could have failed"
-        f" ({summary['vacuous']} vacuous apart), {summary['failed']} failed, {summary['skipped']} skipped, {seconds}"
+        f"{summary['cases']} cases, {independent} gradients and magnitudes against the reference,"
+        f" {summary['checks']} checks in all that could have failed ({summary['vacuous']} vacuous apart),"
+        f" {summary['failed']} failed, {summary['skipped']} skipped, {seconds}"
     )
     if results.holds:
         return f"[bold green]HOLDS[/]: {counts}"
@@ -104,16 +109,30 @@ def replay(result: CaseResult, tier: str) -> str:
     return command + (f" --seed {result.case.seed}" if result.case.seed else "")
 
 
+AGAINST = {
+    "oracle": "the reference",
+    "twin": "the same run unsharded",
+    "itself": "what it was before",
+    "declared": "what the case declares",
+    "layout": "the reference's layout",
+    "whole": "the whole tensor",
+    "refusal": "the refusal that is wanted",
+    "mutant": "the mutant that must fail",
+}
+"""What an expectation rests on, in words."""
+
+
 def describe_check(check: Check, result: CaseResult) -> str:
     """The tensor, rank and index range that broke, the clauses, got and want."""
     where = f"rank {check.rank}" if check.rank >= 0 else "all ranks"
-    line = f"{check.tensor} {check.kind}, step {check.step}, {where} {describe_index(check.index)}: {check.mode}"
+    said = ", ".join(filter(None, (check.fault, check.mode and f"{check.mode} against {AGAINST[check.against]}")))
+    line = f"{check.tensor} {check.kind}, step {check.step}, {where} {describe_index(check.index)}: {said}"
     if check.evidence:
         evidence = check.evidence
         line += f", at {list(evidence.at)} got {evidence.got:.9g}, want {evidence.want:.9g}"
         if check.limit:
             line += f", off by {check.worst:.3g}, limit {check.limit:.3g}"
-    return f"{line} (clauses {' '.join(result.case.clauses)})"
+    return f"{line} (clauses {' '.join(check.clauses or result.case.clauses)})"
 
 
 def _show_links(results: Results, console: Console) -> None:
@@ -133,6 +152,18 @@ def _show_links(results: Results, console: Console) -> None:
     console.print(table)
 
 
+def _show_groups(results: Results, console: Console) -> None:
+    """What the checks were of: first the ones that matter most."""
+    table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
+    table.add_column("checks that could have failed, by what they compare")
+    table.add_column("checks", justify="right")
+    for group, count in results.by_group().items():
+        if count:
+            table.add_row(GROUPS[group], str(count))
+    console.print()
+    console.print(table)
+
+
 def _show_remarks(results: Results, console: Console) -> None:
     reasons = Counter(result.reason for result in results.cases if result.status == "skipped")
     for reason, count in reasons.items():
@@ -141,6 +172,8 @@ def _show_remarks(results: Results, console: Console) -> None:
     if vacuous:
         listed = ", ".join(f"{count} {why}" for why, count in vacuous.most_common())
         console.print(f"vacuous: {escape(listed)}", soft_wrap=True)
+    for name in results.unjudged():
+        console.print(f"[red]{escape(name)}: sharding alone was shown; nothing compares it with the reference[/]")
     if results.unproven_clauses():
         console.print(f"[red]no check bears on: {', '.join(results.unproven_clauses())}[/]", soft_wrap=True)
     worst = results.summary()["worst_ratio"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from parity.case import DEFAULTS, WITHOUT_EFFECT, Case
-from parity.job import Job, Place, RankAnswer
+from parity.job import Job, Place, RankAnswer, declared
 from parity.oracle.prediction import LayoutQuestion, Layouts, Predictions
 from parity.workers.child import life, serve
 from parity.workers.group import Seat, Workers
@@ -70,6 +70,8 @@ def mathematics(case: Case) -> Case:
     """The case less what its answer cannot depend on; a subject is kept where its route has a bound of its own."""
     subject = case.subject if case.subject in {"peft", "differences"} else "torch_impl"
     plain = {name: DEFAULTS[name] for name in WITHOUT_EFFECT}
+    if case.is_exact:
+        plain |= {"world": 1, "accumulate": 1}  # no bound, so nothing depends on how the tokens are dealt
     return dataclasses.replace(case, strategy="none", subject=subject, link="frameworks", clauses=(), **plain)
 
 
@@ -94,15 +96,20 @@ def _answer(asked: Any, model: Path | None) -> Any:
         from parity.oracle.layout import predict_layout  # noqa: PLC0415 - each question loads what it needs
 
         return predict_layout(asked)
-    case = asked.case
+    return _predict(asked, model)
+
+
+def _predict(question: Question, model: Path | None) -> Predictions:
+    """By the kind of case; each loads what it needs."""
+    case = question.case
     if case.model == "codec":
-        from parity.oracle.codec import predict_codec  # noqa: PLC0415 - each question loads what it needs
+        from parity.oracle.codec import predict_codec  # noqa: PLC0415
 
         return predict_codec(case)
     if case.model == "pretrained":
         from parity.oracle.network import predict_network  # noqa: PLC0415
 
-        return predict_network(case, model, dict(asked.offsets))
+        return predict_network(case, model, dict(question.offsets))
     if case.task != "train":
         from parity.oracle.files import predict  # noqa: PLC0415
 
@@ -126,4 +133,5 @@ def _run(job: Job, model: Path | None) -> list[RankAnswer]:
     shards = list(implementation.run(job.case, Place(0, job.case.world, "cpu", model, job.folder)))
     seconds = time.monotonic() - start
     ranks = range(1 if job.folder else job.case.world)  # files are read whole
-    return [RankAnswer([shard for shard in shards if shard.rank == rank], seconds) for rank in ranks]
+    about = declared(implementation)
+    return [RankAnswer([shard for shard in shards if shard.rank == rank], seconds, **about) for rank in ranks]

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Self
 
-from parity.job import Job, Place, RankAnswer
+from parity.job import Job, Place, RankAnswer, declared
 from parity.workers.child import life, serve
 from parity.workers.group import Seat, Workers, kill_fork_server
 from parity.workers.refusing import what_is_said
@@ -102,4 +102,4 @@ def _run(job: Job, place: Place) -> RankAnswer:
         return RankAnswer([], time.monotonic() - start, said=what_is_said(implementation, job.case))
     place = dataclasses.replace(place, folder=job.folder)
     shards = [dataclasses.replace(shard, rank=place.rank) for shard in implementation.run(job.case, place)]
-    return RankAnswer(shards, time.monotonic() - start, units=getattr(implementation, "units", ""))
+    return RankAnswer(shards, time.monotonic() - start, **declared(implementation))

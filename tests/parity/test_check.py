@@ -235,7 +235,7 @@ def test_a_shard_that_fits_nowhere_fails(index, shape, said):
     done = check_shard(shard(np.ones(2), shape=shape, index=index), Expected(value=np.ones(4), mode="bitwise"))
 
     assert not done.passed
-    assert said in done.mode
+    assert said in done.fault
 
 
 # what could not have failed
@@ -277,6 +277,53 @@ def test_a_bound_that_lets_the_nearest_bug_pass_is_vacuous():
 
     assert check(VALUES, VALUES, "bound", np.full(3, 0.05), mutants=bug).vacuous == "NormNotDetached would pass"
     assert check(VALUES, VALUES, "bound", np.full(3, 0.001), mutants=bug).vacuous == ""
+
+
+@pytest.mark.parametrize(("limit", "said"), [(0.005, ""), (0.5, "an error of 0.01 would pass")])
+def test_an_error_that_is_too_coarse_to_miss_makes_a_check_vacuous(limit, said):
+    """A limit that hides the uniform error which the case must see is no check."""
+    assert check(VALUES, VALUES, "bound", np.full(3, limit), coarsest=0.01).vacuous == said
+
+
+@pytest.mark.parametrize(
+    ("mode", "limit", "scale"),
+    [
+        ("bound", np.array([0.5, 0.5, 0.5]), 0.5 / 3),
+        ("norm", 0.5, 0.5 / np.linalg.norm([1.0, 2.0, 3.0])),
+        ("bitwise", None, np.finfo(np.float64).eps),
+        ("bits", None, None),
+    ],
+)
+def test_the_scale_that_a_check_detects(mode, limit, scale):
+    """It is the smallest e at which (1 + e) times the tensor fails."""
+    three = np.array([1.0, 2.0, 3.0])
+
+    assert check(three, three, mode, limit).detects == scale
+
+
+def test_an_error_of_the_detected_scale_fails():
+    """Just beyond the scale that a check says it detects, the tensor times 1 + e does not pass."""
+    limits = np.array([0.25, 0.5, 0.125])
+    scale = check(VALUES, VALUES, "bound", limits).detects
+
+    assert check(VALUES * (1 + 0.99 * scale), VALUES, "bound", limits).passed
+    assert not check(VALUES * (1 + 1.01 * scale), VALUES, "bound", limits).passed
+
+
+def test_d11_equal_values_in_a_narrower_dtype_fail():
+    """A magnitude held in bfloat16 fails also where its values can be held in it."""
+    got = np.ones(3, ml_dtypes.bfloat16)
+    done = check(got, np.ones(3, np.float32), "bitwise", dtype="float32")
+
+    assert (done.passed, done.fault) == (False, "dtype bfloat16, wanted float32")
+
+
+def test_what_repeats_is_checked_and_not_counted():
+    """A tensor that another check has shown already still fails where it is wrong."""
+    done = check(VALUES, VALUES, "bitwise", repeats="the first gradient")
+
+    assert (done.passed, done.vacuous) == (True, "repeats the first gradient")
+    assert not check(VALUES + 1, VALUES, "bitwise", repeats="the first gradient").passed
 
 
 def test_a_bug_that_changes_nothing_here_makes_nothing_vacuous():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from parity.cases import cases_of
-from parity.checks.coverage import check_layout, copies_of, frozen_gradients, layout_question, missing_elements
+from parity.checks.coverage import check_layout, copies_of, frozen_gradients, missing_elements
 from parity.checks.shard_check import Expected
 from parity.shard import Shard, whole_index
 
@@ -25,7 +25,8 @@ def rows(start, stop, *, rank=0, kind="gradient", step=1):
 def missing(*shards, key=KEY, copies=None):
     """The modes of the checks on what is missing."""
     expectations = {key: Expected(value=WHOLE, mode="bitwise")}
-    return [check.mode for check in missing_elements(shards, expectations, copies and (lambda _: copies))]
+    found = missing_elements(shards, expectations, copies and (lambda _: copies), gives=("base",))
+    return [check.fault for check in found]
 
 
 def test_all_rows_are_nothing_missing():
@@ -103,7 +104,8 @@ def test_a_frozen_tensor_with_a_gradient_fails():
 
 def places(shards, wanted):
     """Whether each place is right."""
-    return [check.passed for check in check_layout(shards, wanted)]
+    case = next(case for case in cases_of("quick") if case.strategy == "hsdp")
+    return [check.passed for check in check_layout(case, shards, wanted)]
 
 
 @pytest.mark.parametrize(
@@ -129,14 +131,23 @@ def test_a_whole_tensor_is_the_same_said_flat():
     assert places([rows(0, 4, kind="parameter", step=0)], {(NAME, 0): (slice(0, 12),)}) == [True]
 
 
-def test_the_question_asks_for_parameters_at_start():
-    """Members are the parameters before the first step, with their item size, in the order they came."""
-    shards = [rows(0, 4), rows(0, 4, kind="parameter", step=0), rows(0, 4, kind="parameter", step=1)]
+def test_a_parameter_that_the_reference_does_not_know_fails():
+    """S7: what lies outside of the reference's units is in no rank's layout."""
+    assert places([rows(0, 4, kind="parameter", step=0)], {}) == [False]
 
-    case = next(case for case in cases_of("quick") if case.strategy == "hsdp")
 
-    assert layout_question(case, shards).copies == 2
-    assert layout_question(case, shards).members == ((NAME, (4, 3), 8),)
+def test_a_rank_that_says_nothing_of_a_parameter_fails():
+    """S1: silence is no layout."""
+    assert places([], {(NAME, 0): (slice(0, 4), slice(0, 3))}) == [False]
+
+
+@pytest.mark.parametrize("kind", ["output", "input_gradient", "loss", "norm", "ratio"])
+def test_what_is_declared_is_owed(kind):
+    """Whoever declares that it gives outputs, losses or norms owes them; nobody else does."""
+    wanted = {(1, kind, "y"): Expected(value=WHOLE, mode="bitwise")}
+
+    assert [check.fault for check in missing_elements([], wanted, gives=(kind,))] != []
+    assert missing_elements([], wanted, gives=()) == []
 
 
 def test_a_quant_state_is_on_every_rank():
@@ -151,4 +162,4 @@ def test_a_quant_state_is_on_every_rank():
 
     assert missing_elements(on_both, wanted, partial(copies_of, case)) == []
     (lacking,) = missing_elements(on_both[:1], wanted, partial(copies_of, case))
-    assert lacking.mode == "coverage: 1 of 1 elements on 1 ranks, wanted 2"
+    assert lacking.fault == "coverage: 1 of 1 elements on 1 ranks, wanted 2"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from parity.case import Case
-from parity.checks.expectation import from_oracle, from_twin, owed, required
+from parity.checks.expectation import dtype_of, from_oracle, from_twin, owed, required
 from parity.errors import CaseFailed
 from parity.oracle.prediction import Prediction
 from parity.shard import Shard, whole_index
@@ -26,6 +26,7 @@ def twin(case=CASE):
     return [
         *(shard(name, kind, step) for step, kind, name in owed(case)),
         shard("layers.0.base.weight", "parameter", 0),
+        shard("lr", "setting", 1, size=1),
     ]
 
 
@@ -35,29 +36,63 @@ def predictions():
     return {key: Prediction(value=ones, limit=1e-3 * ones, pair_limit=2e-3 * ones) for key in owed(CASE)}
 
 
-@pytest.mark.parametrize("proof", ["lattice", "one-hot"])
-def test_shards_are_bitwise_where_nothing_rounds(proof):
-    """Link 2 on a lattice or with one rank hot is equality, whatever the oracle would allow."""
-    expected = from_twin(dataclasses.replace(CASE, proof=proof), twin(), predictions())
+def test_shards_are_bitwise_with_one_rank_hot():
+    """Link 2 with one rank hot is equality with the same run unsharded."""
+    expected = from_twin(dataclasses.replace(CASE, proof="one-hot"), twin())
 
     assert {e.mode for key, e in expected.items() if key[0]} == {"bitwise"}
+    assert {e.against for e in expected.values()} == {"twin"}
 
 
-def test_shards_are_bounded_by_the_limit_of_pairs():
-    """Link 2 on Gaussian data compares two roundings, so its limit is that of a pair."""
-    expected = from_twin(CASE, twin(), predictions())[1, "gradient", "layers.0.lora_A"]
+@pytest.mark.parametrize(("proof", "twin"), [("lattice", False), ("bound", False), ("one-hot", True)])
+def test_only_one_rank_hot_is_compared_with_itself(proof, twin):
+    """Link 2 on lattices and on Gaussian numbers rests on the reference, and not on the subject's own unsharded run."""
+    assert dataclasses.replace(CASE, proof=proof).has_twin == twin
 
-    assert (expected.mode, expected.limit[0]) == ("bound", 2e-3)
+
+def test_a_run_of_its_own_is_not_a_twins():
+    """An optimizer's settings are compared with what the case declares: the twin has no say."""
+    assert not {key for key in from_twin(CASE, twin()) if key[1] == "setting"}
 
 
 def test_frozen_weights_are_compared_to_the_bit():
     """A base weight is the same bits on every rank, also under a bound."""
-    assert from_twin(CASE, twin(), predictions())[0, "parameter", "layers.0.base.weight"].mode == "bits"
+    assert from_twin(CASE, twin())[0, "parameter", "layers.0.base.weight"].mode == "bits"
 
 
-def test_without_a_prediction_shards_are_bitwise():
-    """A missing limit means equality, never that all is allowed."""
-    assert from_twin(CASE, twin(), {})[1, "gradient", "layers.0.lora_A"].mode == "bitwise"
+def test_the_first_momentum_is_not_counted_twice():
+    """After one step the momentum is the gradient once more: checked, and said to repeat it."""
+    expected = from_twin(CASE, twin())[1, "optimizer:momentum_buffer", "layers.0.lora_A"]
+
+    assert expected.repeats == "the first gradient"
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("parameter", "float32"), ("gradient", "float32"), ("output", "bfloat16")])
+def test_d11_each_kind_has_its_dtype(kind, dtype):
+    """What trains and its gradient are float32 whatever is computed in; an output is what it is computed in."""
+    narrow = dataclasses.replace(FRAMEWORKS, compute="bfloat16")
+    name = "y" if kind == "output" else "layers.0.magnitude"
+
+    assert dtype_of(narrow, (1, kind, name)) == dtype
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("input_gradient", 2), ("loss", 2), ("output", 1)])
+def test_s3_what_a_rank_backpropagates_carries_the_world_size(kind, factor):
+    """A rank's loss and its input gradient are the world size times their part of the sum; its output is not."""
+    lattice = dataclasses.replace(CASE, proof="lattice", tokens=2)
+    key = (1, kind, "x")
+    (expected,) = from_oracle(lattice, {key: Prediction(value=np.array([3.0, 4.0]))}).values()
+
+    assert expected.value.tolist() == [3 * factor, 4 * factor]
+
+
+@pytest.mark.parametrize("clauses", [("D1", "S3", "D5")])
+def test_a_twin_says_nothing_of_the_layer(clauses):
+    """What is compared with the same code unsharded bears on the clauses of sharding alone."""
+    case = dataclasses.replace(CASE, proof="one-hot", clauses=clauses)
+
+    assert from_twin(case, twin())[1, "gradient", "layers.0.lora_A"].clauses == ("S3",)
+    assert "D5" in from_oracle(case, predictions())[1, "gradient", "layers.0.lora_A"].clauses
 
 
 @pytest.mark.parametrize("lost", sorted(owed(CASE)), ids=lambda key: f"{key[1]} {key[2]}")
@@ -66,7 +101,7 @@ def test_a_twin_that_lacks_a_tensor_is_refused(lost):
     given = [shard for shard in twin() if shard.key != lost]
 
     with pytest.raises(CaseFailed, match=f"no {lost[1]} of {lost[2]} at step 1"):
-        from_twin(CASE, given, {})
+        from_twin(CASE, given)
 
 
 def test_a_start_owes_its_magnitudes():
@@ -118,4 +153,4 @@ def test_no_claim_reaches_the_check():
 
 def test_every_adapter_tensor_is_required():
     """Gradients, parameters and momenta of A, B and the magnitude are required at every step."""
-    assert required(from_twin(CASE, twin(), {})) >= owed(CASE)
+    assert required(from_twin(CASE, twin()), ()) >= owed(CASE)

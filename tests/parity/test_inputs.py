@@ -162,10 +162,45 @@ def test_q6_a_block_with_another_absmax_is_refused():
 
 def test_bfloat16_has_eight_bits():
     """A product that bfloat16 stores is held to eight bits: the dense float32 draw does not pass."""
-    narrow = dataclasses.replace(PLAIN, compute="bfloat16")
+    narrow = dataclasses.replace(PLAIN, compute="bfloat16", world=2)
 
     with pytest.raises(LatticeNotExact, match="256 are exact"):
         certify(narrow, drawn(PLAIN))
+
+
+@pytest.mark.parametrize(("compute", "world"), [("bfloat16", 3), ("bfloat16", 6), ("float32", 9), ("float32", 13)])
+def test_a_lattice_is_certified_for_some_worlds_alone(compute, world):
+    """A world whose odd part is beyond what the draw was certified for is refused, and not run without a certificate."""
+    wide = dataclasses.replace(PLAIN, compute=compute, world=world)
+
+    with pytest.raises(LatticeNotExact, match=f"{world} ranks multiply the cotangent"):
+        certify(wide, drawn(PLAIN))
+
+
+def test_d9_a_rate_whose_mask_rounds_has_no_lattice():
+    """1 / (1 - p) must be a power of two, or what is kept is not exact."""
+    with pytest.raises(LatticeNotExact, match="no power of two"):
+        certify(dataclasses.replace(PLAIN, dropout=0.25), drawn(PLAIN))
+
+
+@pytest.mark.parametrize("world", [*range(1, 17)])
+def test_every_rank_has_tokens_where_there_are_enough(world):
+    """A rank without a token would have an empty batch and an expectation of zeros."""
+    dealt = deal_tokens(24, world)
+
+    assert min(part.stop - part.start for part in dealt) >= 1
+    assert [part.start for part in dealt[1:]] == [part.stop for part in dealt[:-1]]
+    assert (dealt[0].start, dealt[-1].stop) == (0, 24)
+
+
+def test_d7_a_lattice_has_a_bias_on_its_zero_rows():
+    """The output of a zero row is its bias: were that 0 as well, its loss would not show."""
+    case = next(case for case in cases_of("quick") if case.zero_rows and case.bias and case.proof == "lattice")
+    arrays = drawn(case)
+    zero = ~arrays["layers.0.weight"].any(axis=1) & ~arrays["layers.0.lora_B"].any(axis=1)
+
+    assert zero.any()
+    assert arrays["layers.0.bias"][zero].all()
 
 
 # dealing

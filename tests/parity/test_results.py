@@ -26,6 +26,7 @@ CHECK = Check(
     limit=1.0,
     ratio=0.5,
     passed=True,
+    clauses=("D1", "S3"),
 )
 VACUOUS = dataclasses.replace(CHECK, vacuous="empty shard")
 FAILED = dataclasses.replace(CHECK, worst=4.0, ratio=4.0, passed=False, evidence=Evidence(at=(1, 2), got=5.0, want=1.0))
@@ -73,6 +74,30 @@ def test_a_vacuous_check_beside_a_real_one_is_no_harm():
     assert stream(result(checks=(CHECK, VACUOUS))).holds
 
 
+def test_a_check_shows_its_own_clauses_alone():
+    """A clause that the case claims, and none of whose checks bears on, is not shown."""
+    assert stream(result(clauses=("D1", "S3", "D5"))).unproven_clauses() == ["D5"]
+
+
+def test_who_is_compared_with_itself_alone_is_not_judged():
+    """An implementation whose every value is 7 agrees with itself: that is no reason to hold."""
+    alone = result(checks=(dataclasses.replace(CHECK, against="twin"),))
+
+    assert stream(alone).unjudged() == ["torch_impl"]
+    assert not stream(alone).holds
+    assert stream(alone, result()).holds
+
+
+def test_gradients_against_the_reference_are_counted_first():
+    """What is compared with the twin, or with itself, is counted apart from what the reference says."""
+    checks = (CHECK, dataclasses.replace(CHECK, against="twin"), dataclasses.replace(CHECK, against="declared"))
+
+    counts = stream(result(checks=checks)).by_group()
+
+    assert {group: count for group, count in counts.items() if count} == {"independent": 1, "twin": 1, "frozen": 1}
+    assert next(iter(counts)) == "independent"
+
+
 def test_a_skipped_case_claims_nothing():
     """Clauses of skipped cases are not missed: the skip itself is counted."""
     assert stream(result(), result("skipped", (), reason="no weights", clauses=("S12",))).unproven_clauses() == []
@@ -81,7 +106,7 @@ def test_a_skipped_case_claims_nothing():
 def test_a_control_proves_no_clause():
     """That a planted bug is found does not show that the clause holds."""
     bare = result(checks=(VACUOUS,), clauses=("D5",))
-    control = result(link="controls", clauses=("D5",))
+    control = result(link="controls", checks=(dataclasses.replace(CHECK, clauses=("D5",)),), clauses=("D5",))
 
     assert stream(bare, control).unproven_clauses() == ["D5"]
 
@@ -93,7 +118,7 @@ def test_the_summary_counts():
     """Cases, non-vacuous checks, vacuous ones, failures and skips are counted apart."""
     run = stream(
         result(checks=(CHECK, CHECK, VACUOUS)),
-        result("failed", (CHECK, FAILED), link="frameworks", clauses=("D1",)),
+        result("failed", (dataclasses.replace(CHECK, clauses=("D1", "D2")), FAILED), link="frameworks"),
         result("error", (), reason="rank 0 raised"),
         result("skipped", (), reason="no weights"),
     )
@@ -103,7 +128,7 @@ def test_the_summary_counts():
     counts = {key: summary[key] for key in ("cases", "checks", "vacuous", "failed", "skipped")}
     assert counts == {"cases": 4, "checks": 4, "vacuous": 1, "failed": 2, "skipped": 1}
     assert summary["by_link"] == {"shards": 2, "frameworks": 2}
-    assert summary["by_clause"] == {"D1": 4, "S3": 2}
+    assert summary["by_clause"] == {"D1": 4, "D2": 1, "S3": 3}
 
 
 def test_the_worst_ratio_is_that_of_bounds():
