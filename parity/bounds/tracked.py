@@ -142,9 +142,9 @@ def multiply(a: Tracked, b: Tracked, unit: float) -> Tracked:
     size_a, size_b = np.abs(a.value), np.abs(b.value)
     guard = times(a.guard, size_b) + times(size_a, b.guard) + times(a.guard, b.guard)
     rounded = _rounded(a.value * b.value, variance, guard, unit=unit)
-    shifts = _only_shifts(b)
-    if not shifts.any():
+    if b.guard.all():
         return rounded
+    shifts = _only_shifts(b)
     return Tracked(rounded.value, np.where(shifts, variance, rounded.variance), np.where(shifts, guard, rounded.guard))
 
 
