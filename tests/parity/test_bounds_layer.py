@@ -47,7 +47,9 @@ class Closed(torch.autograd.Function):
     """y in three parts from u = mask * x, and its closed-form gradients, with `H - G` for what W sees of u."""
 
     @staticmethod
-    def forward(ctx, x, u, W, A, B, c, spoil):
+    def forward(ctx, *tensors):
+        """X, u, W, A and B in the compute dtype, c in float32, and what dm is multiplied by: 1, or a bug."""
+        x, u, W, A, B, c, spoil = tensors
         kept, h = u @ W.T, u @ A.T
         delta = SCALING * (h @ B.T)
         ctx.save_for_backward(u, W, A, B, c, kept + delta, h)
@@ -56,6 +58,7 @@ class Closed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, G):
+        """G in float32; x and u have a gradient each."""
         u, W, A, B, c, y0, h = ctx.saved_tensors
         dtype, H32 = u.dtype, G * c
         H = H32.to(dtype)
