@@ -19,7 +19,7 @@ Axes: T tokens, I in, O out, M and N the columns of two matrices that are multip
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,9 @@ import numpy.typing as npt
 from parity.bounds import tracked as tr
 from parity.bounds.tracked import Array, Tracked
 from parity.errors import ParityError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Ids: TypeAlias = npt.NDArray[np.intp]
 """(tokens,): the number of each token's group."""
@@ -102,18 +105,20 @@ def coherence(x: Array, G: Array, ids: Ids) -> float:
     return float(np.sum(products)) / within if within > 0 else 1.0
 
 
-def require_independent(x: Array, G: Array, *, share: float) -> None:
+def require_independent(x: Array, G: Array, *, share: float, masks: Sequence[Array | None] = ()) -> None:
     """Refuse tokens that are correlated with each other without being alike: nothing here bounds their covariance.
 
     Args:
         x: (tokens, in) of all ranks.
         G: (tokens, out), the cotangent of the output.
         share: the `closeness` at which tokens count as repeated; repeats are inside the domain.
+        masks: dropout's, (tokens, in) each: tokens that a mask tells apart do not repeat.
 
     Raises:
         InputsNotIndependent: where the `coherence` of x and G is above `COHERENCE`.
     """
-    found = coherence(x, G, joined(alike(x, share), alike(G, share)))
+    told = [equal(mask) for mask in masks if mask is not None]
+    found = coherence(x, G, joined(alike(x, share), alike(G, share), *told))
     if found > COHERENCE:
         raise InputsNotIndependent(
             f"the tokens of x {x.shape} and G {G.shape} add up as if {found:.3g} were one, above {COHERENCE:g}",

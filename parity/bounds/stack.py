@@ -121,9 +121,10 @@ def propagate(
     parameters = [tr.exact(getattr(layers[k], name)) for k, name in named]
     state: dict[str, list[Tracked]] = {}
     history: list[Bounds] = []
+    every = [G] if isinstance(G, np.ndarray) else G
+    batches = [_seen(x, cotangent, tuple(masks or [None] * len(layers)), precision) for cotangent in every]
     for step in range(steps):
-        cotangent = G if isinstance(G, np.ndarray) else G[step]
-        seen = _seen(x, cotangent, tuple(masks or [None] * len(layers)), precision)
+        seen = batches[step if len(batches) > 1 else 0]
         adapters = _adapters(dict(zip(named, parameters, strict=True)), len(layers))
         reduced, outside = _step_gradients(layers, adapters, seen, setting)
         gradients = clipped([reduced[at] for at in named], rule, precision.unit)
@@ -141,7 +142,7 @@ def _seen(x: Array, G: Array, masks: tuple[Array | None, ...], precision: Precis
         InputsNotIndependent: where they are correlated without repeating.
     """
     share = closeness(len(x), unit=precision.unit, compute_unit=precision.compute_unit)
-    require_independent(x, G, share=share)
+    require_independent(x, G, share=share, masks=masks)
     ids = alike(x, share), alike(G, share)
     repeated = any(len(np.unique(side)) < len(x) for side in ids)
     return Tokens(x, G, masks, ids if repeated else None)

@@ -29,7 +29,8 @@ class Case:
     layers: list
     x: np.ndarray
     G: np.ndarray
-    masks: list | None
+    masks: list
+    """Dropout's, one a layer; none without."""
 
 
 def drawn(seed, *, compute, drop=0.0, lora=False, tokens=24):
@@ -39,7 +40,7 @@ def drawn(seed, *, compute, drop=0.0, lora=False, tokens=24):
     if lora:
         layers = [replace(layer, magnitude=None) for layer in layers]
     generator = np.random.default_rng(seed + 1000)
-    masks = [(generator.random((tokens, fan_in)) >= drop) / (1 - drop) for fan_in in (50, 33)] if drop else None
+    masks = [(generator.random((tokens, fan_in)) >= drop) / (1 - drop) for fan_in in (50, 33)] if drop else []
     return Case(layers, x, G, masks)
 
 
@@ -57,7 +58,7 @@ class Closed(torch.autograd.Function):
         return (x @ W.T).float() + (c - 1) * kept.float() + c * delta.float()
 
     @staticmethod
-    def backward(ctx, G):
+    def backward(ctx, G):  # pyright: ignore[reportIncompatibleMethodOverride]
         """G in float32; x and u have a gradient each."""
         u, W, A, B, c, y0, h = ctx.saved_tensors
         dtype, H32 = u.dtype, G * c
@@ -89,7 +90,7 @@ def forward(held, x, masks, *, form, compute, spoil):
     """The stack's y, and each layer's norm and ratio."""
     y, found = x, {}
     for k, layer in enumerate(held):
-        mask = None if masks is None else masks[k]
+        mask = masks[k] if masks else None
         y, n, c = output(y, layer, mask, form=form, compute=compute, spoil=spoil)
         if n is not None:
             found |= {(f"layers.{k}", "norm"): n, (f"layers.{k}", "ratio"): c}
@@ -107,12 +108,13 @@ def computed(case, deal, *, form, compute, spoil=1.0):
     trained = [(k, name) for k in range(len(held)) for name in NAMES if getattr(case.layers[k], name) is not None]
     leaves = [held[k][1 + NAMES.index(name)].requires_grad_() for k, name in trained]
     sums, ys, dxs, losses, start = [torch.zeros_like(t) for t in leaves], [], [], [], 0
+    found = {}
     for rank in deal:
         losses.append(torch.zeros(()))
         for count in (rank,) if isinstance(rank, int) else rank:
             part = slice(start, start := start + count)
             x, G = (torch.tensor(t[part]).to(compute).requires_grad_() for t in (case.x, case.G))
-            masks = case.masks and [torch.tensor(mask[part], dtype=torch.float32) for mask in case.masks]
+            masks = [torch.tensor(mask[part], dtype=torch.float32) for mask in case.masks]
             y, found = forward(held, x, masks, form=form, compute=compute, spoil=spoil)
             dx, *gradients = torch.autograd.grad(y, [x, *leaves], len(deal) * G.detach())
             sums = [total + gradient for total, gradient in zip(sums, gradients, strict=True)]
@@ -125,7 +127,7 @@ def computed(case, deal, *, form, compute, spoil=1.0):
 
 def bound(case, deal, formats, *, form="wide"):
     """The same, tracked."""
-    options = {"scaling": SCALING, "precision": formats, "masks": case.masks, "d9": form == "peft"}
+    options = {"scaling": SCALING, "precision": formats, "masks": case.masks or None, "d9": form == "peft"}
     tracked = propagate(case.layers, case.x, case.G, world=len(deal), tokens=deal, **options)[0]
     return {key: tensor for key, tensor in tracked.items() if key[1] != "parameter" and "optimizer" not in key[1]}
 

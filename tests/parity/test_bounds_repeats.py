@@ -200,6 +200,16 @@ def test_coherence_counts_what_adds_up():
     assert coherence(x, G, np.zeros(10, dtype=np.intp)) == pytest.approx(1)
 
 
+def test_repeats_that_a_mask_tells_apart_are_refused():
+    """The same token under another mask each time is correlated with itself, but not equal."""
+    x, G = np.ones((64, 8)), np.ones((64, 8))
+    mask = 2.0 * np.random.default_rng(0).integers(2, size=(64, 8))
+
+    require_independent(x, G, share=1e-6, masks=[np.repeat(mask[:1], 64, axis=0), None])
+    with pytest.raises(InputsNotIndependent):
+        require_independent(x, G, share=1e-6, masks=[mask, None])
+
+
 def test_tokens_without_a_cotangent_are_inside_the_domain():
     """A rank whose cotangent is zero adds nothing to anything."""
     require_independent(np.ones((4, 2)), np.zeros((4, 2)), share=1e-6)
