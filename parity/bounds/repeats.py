@@ -8,7 +8,7 @@ tokens, an error e of one factor that meets the other factor w in `sum_t w_t e_t
 
 which holds for every correlation from 0 to 1 within a group, since it is linear in it. A partial sum is rounded by what
 the next term leaves below its last place: like terms leave the same, so the n - 1 roundings of a sum are worth
-`sum_g k_g^2 / n` times as much, the mean number of tokens like a token. (docs/tolerances.md, Independence.)
+`sum_g k_g^2 / n` times as much, the mean number of tokens like a token. (docs/tolerances.md, 3.)
 
 **Like** are tokens whose rows are equal, or nearly so: within `closeness` of each other in the 2-norm, relative to
 their length, directly or through others. A group that is too large only widens the bound.
@@ -36,7 +36,8 @@ Ids: TypeAlias = npt.NDArray[np.intp]
 
 COHERENCE: Final = 4.0
 """Largest `coherence` of tokens that do not repeat: the standard deviation is then at most twice the predicted one, so
-that the gate of 16 stands at 8 of the true ones, which a sum of independent errors passes below 3e-14 (Hoeffding)."""
+that the gate of 16 stands at 8 of the true ones, which a sum of independent errors passes with probability below 3e-14
+(docs/tolerances.md, 2)."""
 
 
 class InputsNotIndependent(ParityError):
@@ -49,11 +50,6 @@ class Repeats:
 
     inputs: Ids
     cotangents: Ids
-
-    @property
-    def none(self) -> bool:
-        """Whether no token is like another in either."""
-        return len(np.unique(self.inputs)) == len(np.unique(self.cotangents)) == len(self.inputs)
 
     @property
     def multiplicity(self) -> Array:

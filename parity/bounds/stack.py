@@ -4,7 +4,7 @@ The loss is `sum(G * y)`. Rank k backpropagates `world * sum(G_k * y_k)` over it
 several whose gradients are added (T1), and the gradient is the mean over ranks (S3); then comes what `steps` says (T2,
 T3). Each step sees the same x, so the second one starts from parameters that carry the error of the first.
 
-The domain, docs/tolerances.md:
+The domain of the bounds (docs/tolerances.md, 3):
 
 - Within a step errors of A, B and c are added up coherently, and so are those of tokens that repeat (`repeats`), up to
   the guard itself. Tokens that are correlated and do not repeat are refused (`require_independent`).
