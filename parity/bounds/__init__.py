@@ -1,4 +1,9 @@
-"""The derived tolerances: what rounding may do to each element of a DoRA layer's gradients, momenta and parameters."""
+"""The derived tolerances: what rounding may do to each element of a DoRA layer's gradients, momenta and parameters.
+
+The derivation is docs/tolerances.md. The bounds assume that roundings are independent. Their domain is inputs of
+ordinary numbers, whose tokens may repeat (repeats are bounded by their own covariance); tokens that are correlated
+without repeating raise `InputsNotIndependent`.
+"""
 
 from parity.bounds.layers import BFLOAT16_COMPUTE, FLOAT32, FLOAT64, Precision, merged
 from parity.bounds.norm import weight_norm

@@ -23,7 +23,7 @@ absolute errors, however correlated.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -78,6 +78,10 @@ class Layer:
     """A cast to the compute format, (rank, in)."""
     lora_B: Tracked  # noqa: N815 (PEFT's name)
     """B cast to the compute format, (out, rank)."""
+    formed: Tracked
+    """V formed in the compute format, (out, in)."""
+    formed_calm: Tracked
+    """The same with its own roundings alone."""
     norm: Tracked | None
     """n, (out,); None in LoRA."""
     ratio: Tracked
@@ -121,7 +125,17 @@ def prepare(
         norm = weight_norm(weight, adapter.lora_A, adapter.lora_B, scaling=scaling, unit=precision.unit)
         ratio = tr.divide(adapter.magnitude, norm, precision.unit)
     lora_A, lora_B = (tr.cast(t, precision.compute_unit) for t in (adapter.lora_A, adapter.lora_B))
-    return Layer(weight, bias, lora_A, lora_B, norm, ratio, scaling, precision, d9)
+    formed, formed_calm = (
+        _formed(weight, *factors, scaling=scaling, precision=precision)
+        for factors in ((lora_A, lora_B), (tr.calm(lora_A), tr.calm(lora_B)))
+    )
+    return Layer(weight, bias, lora_A, lora_B, formed, formed_calm, norm, ratio, scaling, precision, d9)
+
+
+def _formed(weight: Tracked, A: Tracked, B: Tracked, *, scaling: float, precision: Precision) -> Tracked:
+    """D2: `W + s B A` in the compute format."""
+    delta = tr.matmul(B, A, precision.unit, output_unit=precision.compute_unit)
+    return tr.add(weight, tr.scale(delta, scaling, precision.compute_unit), precision.compute_unit)
 
 
 def merged(weight: Tracked, lora_A: Tracked, lora_B: Tracked, magnitude: Tracked, *, scaling: float) -> Tracked:
@@ -170,9 +184,7 @@ def _products(layer: Layer, u: Tracked) -> tuple[Tracked, Tracked, Tracked]:
     base = tr.matmul(u, layer.weight.T, unit, output_unit=compute)
     h = tr.matmul(u, A.T, unit, output_unit=compute)
     update = tr.scale(tr.matmul(h, B.T, unit, output_unit=compute), layer.scaling, compute)
-    delta = tr.scale(tr.matmul(B, A, unit, output_unit=compute), layer.scaling, compute)
-    V = tr.add(layer.weight, delta, compute)
-    return base, update, tr.matmul(u, V.T, unit, output_unit=compute)
+    return base, update, tr.matmul(u, layer.formed_calm.T, unit, output_unit=compute)
 
 
 def _output(layer: Layer, read: Read) -> Tracked:
@@ -247,8 +259,7 @@ def _dx(layer: Layer, G: Tracked, mask: Mask | None) -> Tracked:
     H = tr.cast(tr.multiply(G, layer.ratio[None, :], unit), compute)
     hB = tr.matmul(H, layer.lora_B, **formats)
     update = tr.scale(tr.matmul(hB, layer.lora_A, **formats), layer.scaling, compute)
-    delta = tr.scale(tr.matmul(layer.lora_B, layer.lora_A, **formats), layer.scaling, compute)
-    formed = tr.matmul(H, tr.add(layer.weight, delta, compute), **formats)
+    formed = tr.matmul(H, layer.formed, **formats)
     if mask is None:
         return tr.either(tr.add(tr.matmul(H, layer.weight, **formats), update, compute), formed)
     whole = tr.matmul(G, layer.weight, **formats)
@@ -262,7 +273,7 @@ def _with_calm_adapter(layer: Layer) -> Layer:
     """The layer whose A, B, n and c have kept their guards and given up their variances."""
     A, B, ratio = (tr.calm(t) for t in (layer.lora_A, layer.lora_B, layer.ratio))
     norm = None if layer.norm is None else tr.calm(layer.norm)
-    return Layer(layer.weight, layer.bias, A, B, norm, ratio, layer.scaling, layer.precision, layer.d9)
+    return replace(layer, lora_A=A, lora_B=B, norm=norm, ratio=ratio)
 
 
 def _adapter_variance(layer: Layer, u: Array) -> Array:

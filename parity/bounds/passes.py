@@ -71,7 +71,11 @@ def passed(stack: list[Layer], tokens: Tokens, *, activation: Activation, world:
 
 def loss(y: Tracked, tokens: Tokens, precision: Precision) -> Tracked:
     """`sum(G * y)` of these tokens, a scalar, with the products and the sum at `unit`."""
-    repeats = None if tokens.alike is None else Repeats(*_with_masks(tokens))
+    repeats = None
+    if tokens.alike is not None:
+        inputs, cotangents = tokens.alike
+        told = (equal(mask) for mask in tokens.masks if mask is not None)
+        repeats = Repeats(joined(inputs, *told), cotangents)
     return whole(tr.cast(tr.exact(tokens.G), precision.compute_unit), y, repeats, unit=precision.unit)
 
 
@@ -98,15 +102,9 @@ def _alike(tokens: Tokens, outputs: list[Tracked], activation: Activation) -> li
     for k in reversed(range(len(outputs))):
         if activation == "relu" and k + 1 < len(outputs):
             cotangents = joined(cotangents, equal(outputs[k].value > 0))
-        repeats.insert(0, Repeats(joined(inputs, *told[: k + 1]), joined(cotangents)))
+        repeats.insert(0, Repeats(joined(inputs, *told[: k + 1]), cotangents))
         cotangents = joined(cotangents, told[k])
     return repeats
-
-
-def _with_masks(tokens: Tokens) -> tuple[Ids, Ids]:
-    """Which tokens have the same output, and which the same cotangent of it: `tokens.alike` is given."""
-    inputs, cotangents = tokens.alike or (np.zeros(0, np.intp), np.zeros(0, np.intp))
-    return joined(inputs, *(equal(mask) for mask in tokens.masks if mask is not None)), joined(cotangents)
 
 
 def relu(y: Tracked) -> Tracked:

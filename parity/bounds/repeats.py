@@ -8,7 +8,7 @@ tokens, an error e of one factor that meets the other factor w in `sum_t w_t e_t
 
 which holds for every correlation from 0 to 1 within a group, since it is linear in it. A partial sum is rounded by what
 the next term leaves below its last place: like terms leave the same, so the n - 1 roundings of a sum are worth
-`sum_g k_g^2 / n` times as much, the mean number of tokens like a token. (docs/tolerances.md, Independence.)
+`sum_g k_g^2 / n` times as much, the mean number of tokens like a token. (docs/tolerances.md, 3.)
 
 **Like** are tokens whose rows are equal, or nearly so: within `closeness` of each other in the 2-norm, relative to
 their length, directly or through others. A group that is too large only widens the bound.
@@ -19,7 +19,7 @@ Axes: T tokens, I in, O out, M and N the columns of two matrices that are multip
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,12 +28,16 @@ from parity.bounds import tracked as tr
 from parity.bounds.tracked import Array, Tracked
 from parity.errors import ParityError
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 Ids: TypeAlias = npt.NDArray[np.intp]
 """(tokens,): the number of each token's group."""
 
 COHERENCE: Final = 4.0
 """Largest `coherence` of tokens that do not repeat: the standard deviation is then at most twice the predicted one, so
-that the gate of 16 stands at 8 of the true ones, which a sum of independent errors passes below 3e-14 (Hoeffding)."""
+that the gate of 16 stands at 8 of the true ones, which a sum of independent errors passes with probability below 3e-14
+(docs/tolerances.md, 2)."""
 
 
 class InputsNotIndependent(ParityError):
@@ -46,11 +50,6 @@ class Repeats:
 
     inputs: Ids
     cotangents: Ids
-
-    @property
-    def none(self) -> bool:
-        """Whether no token is like another in either."""
-        return len(np.unique(self.inputs)) == len(np.unique(self.cotangents)) == len(self.inputs)
 
     @property
     def multiplicity(self) -> Array:
@@ -102,18 +101,20 @@ def coherence(x: Array, G: Array, ids: Ids) -> float:
     return float(np.sum(products)) / within if within > 0 else 1.0
 
 
-def require_independent(x: Array, G: Array, *, share: float) -> None:
+def require_independent(x: Array, G: Array, *, share: float, masks: Sequence[Array | None] = ()) -> None:
     """Refuse tokens that are correlated with each other without being alike: nothing here bounds their covariance.
 
     Args:
         x: (tokens, in) of all ranks.
         G: (tokens, out), the cotangent of the output.
         share: the `closeness` at which tokens count as repeated; repeats are inside the domain.
+        masks: dropout's, (tokens, in) each: tokens that a mask tells apart do not repeat.
 
     Raises:
         InputsNotIndependent: where the `coherence` of x and G is above `COHERENCE`.
     """
-    found = coherence(x, G, joined(alike(x, share), alike(G, share)))
+    told = [equal(mask) for mask in masks if mask is not None]
+    found = coherence(x, G, joined(alike(x, share), alike(G, share), *told))
     if found > COHERENCE:
         raise InputsNotIndependent(
             f"the tokens of x {x.shape} and G {G.shape} add up as if {found:.3g} were one, above {COHERENCE:g}",

@@ -4,7 +4,7 @@ The loss is `sum(G * y)`. Rank k backpropagates `world * sum(G_k * y_k)` over it
 several whose gradients are added (T1), and the gradient is the mean over ranks (S3); then comes what `steps` says (T2,
 T3). Each step sees the same x, so the second one starts from parameters that carry the error of the first.
 
-The domain, docs/tolerances.md:
+The domain of the bounds (docs/tolerances.md, 3):
 
 - Within a step errors of A, B and c are added up coherently, and so are those of tokens that repeat (`repeats`), up to
   the guard itself. Tokens that are correlated and do not repeat are refused (`require_independent`).
@@ -121,9 +121,10 @@ def propagate(
     parameters = [tr.exact(getattr(layers[k], name)) for k, name in named]
     state: dict[str, list[Tracked]] = {}
     history: list[Bounds] = []
+    every = [G] if isinstance(G, np.ndarray) else G
+    batches = [_seen(x, cotangent, tuple(masks or [None] * len(layers)), precision) for cotangent in every]
     for step in range(steps):
-        cotangent = G if isinstance(G, np.ndarray) else G[step]
-        seen = _seen(x, cotangent, tuple(masks or [None] * len(layers)), precision)
+        seen = batches[step if len(batches) > 1 else 0]
         adapters = _adapters(dict(zip(named, parameters, strict=True)), len(layers))
         reduced, outside = _step_gradients(layers, adapters, seen, setting)
         gradients = clipped([reduced[at] for at in named], rule, precision.unit)
@@ -141,7 +142,7 @@ def _seen(x: Array, G: Array, masks: tuple[Array | None, ...], precision: Precis
         InputsNotIndependent: where they are correlated without repeating.
     """
     share = closeness(len(x), unit=precision.unit, compute_unit=precision.compute_unit)
-    require_independent(x, G, share=share)
+    require_independent(x, G, share=share, masks=masks)
     ids = alike(x, share), alike(G, share)
     repeated = any(len(np.unique(side)) < len(x) for side in ids)
     return Tokens(x, G, masks, ids if repeated else None)

@@ -10,9 +10,10 @@ in a narrower format makes on the way to it:
   adds `u^2 v^2 / 3`. A sum of n terms t rounds its n - 1 partial sums; over random orders their squares add up to
   `n/3 (sum t)^2 + n/6 sum t^2` on average. A dot product rounds its products too, `sum t^2`.
 
-`limit` gates at 16 standard deviations, and at the guard where that is smaller. Nothing here is fitted. What the
-variance assumes is that roundings are independent; where one rounded number enters many sums (a row's ratio, an
-adapter's element), `layers` adds up its effect coherently instead of pretending that it is many numbers.
+`limit` gates at 16 standard deviations, and at the guard where that is smaller. Nothing here is fitted: the derivation
+is docs/tolerances.md. What the variance assumes is that roundings are independent; where one rounded number enters many
+sums (a row's ratio, an adapter's element), `layers` adds up its effect coherently instead of pretending that it is many
+numbers, and `repeats` does the same for tokens that are equal.
 
 An element whose variance is infinite has **no claim**: the mathematics says nothing about it (a quotient by a number
 that may be zero, a ReLU whose sign may flip), so its limit is infinite, and so is that of all it touches. Nothing
@@ -33,8 +34,8 @@ import numpy.typing as npt
 Array: TypeAlias = npt.NDArray[np.float64]
 
 GATE = 16.0
-"""Standard deviations at which a bound gates. A sum of many independent errors passes 16 with probability below 1e-56
-(Hoeffding); what the number really covers is that roundings are not quite independent (DESIGN, Tolerances)."""
+"""Standard deviations at which a bound gates. A sum of independent uniform errors passes 16 with probability below
+1e-55 (Chernoff); what the number really covers is that roundings are not quite independent (docs/tolerances.md, 2)."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,9 @@ def multiply(a: Tracked, b: Tracked, unit: float) -> Tracked:
     size_a, size_b = np.abs(a.value), np.abs(b.value)
     guard = times(a.guard, size_b) + times(size_a, b.guard) + times(a.guard, b.guard)
     rounded = _rounded(a.value * b.value, variance, guard, unit=unit)
-    shifts = _only_shifts(b)
-    if not shifts.any():
+    if b.guard.all():
         return rounded
+    shifts = _only_shifts(b)
     return Tracked(rounded.value, np.where(shifts, variance, rounded.variance), np.where(shifts, guard, rounded.guard))
 
 

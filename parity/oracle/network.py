@@ -23,7 +23,7 @@ from ref.types import Adapter
 _UNIT = 2.0**-24
 """The unit roundoff of float32, which the networks compute in."""
 _SEEDS = tuple(range(4))
-"""Fixed: the root mean square of four responses; the factor of 32 is what covers their scatter (DESIGN)."""
+"""Fixed: the root mean square of four responses; the factor of 32 also covers their scatter (docs/tolerances.md, 4)."""
 
 
 Offsets = dict[str, float]

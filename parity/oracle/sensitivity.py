@@ -13,7 +13,7 @@ may differ by, per tensor in the 2-norm. The noise is put into the oracle, so no
 What `jax.checkpoint` computes again in the backward pass gets fresh noise there, where an implementation repeats the
 same bits: the response is that of independent roundings.
 
-DESIGN, Tolerances: at most `FACTOR` times the response; skipped where that exceeds a `SHARE` of the tensor's norm.
+docs/tolerances.md, 4: at most `FACTOR` times the response; skipped where that exceeds a `SHARE` of the tensor's norm.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 FACTOR: Final = 32.0
-"""How many times the root mean square response a tensor may lie off (DESIGN, Tolerances)."""
+"""How many times the root mean square response a tensor may lie off (docs/tolerances.md, 4)."""
 SHARE: Final = 0.1
 """The part of the tensor's 2-norm beyond which that tolerance would say nothing, and the check is skipped."""
 
