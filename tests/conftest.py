@@ -1,9 +1,15 @@
-"""What every test shares: strict numerics for JAX, the Hypothesis profiles, no network."""
+"""What every test shares: one thread, compilations of JAX that are kept, the Hypothesis profiles, no network."""
 
 import os
+from pathlib import Path
 
 import hypothesis
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy load: in each worker, and in what it starts
+# Before jax loads, and for what tests start: workers share what is compiled, and the next run finds it.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # before torch loads: kernels must not depend on addresses
 
