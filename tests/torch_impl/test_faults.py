@@ -104,7 +104,7 @@ def test_a_launcher_that_dies_while_ranks_are_starting_leaves_none(
     tmp_path: Path, words: Callable[..., list[str]]
 ) -> None:
     """Ranks that find themselves without torchrun when they have imported torch end, and say why."""
-    ending = watch(words(), until="", act=signal_launcher(signal.SIGKILL))(tmp_path / "log", world=2, patience=25)
+    ending = watch(words(), until="", act=signal_launcher(signal.SIGKILL))(tmp_path / "log", world=2)
 
     assert ending.orphans == []
     assert "can't reach the launcher's store at" in (tmp_path / "log").read_text()
