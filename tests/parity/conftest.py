@@ -1,4 +1,4 @@
-"""What the tests of the suite share: where ranks find the fakes, a pipeline, and the command line as a process."""
+"""What the tests of the suite share: where ranks find the fakes, a pipeline, and the command line."""
 
 import os
 import sys
