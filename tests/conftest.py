@@ -20,8 +20,9 @@ hypothesis.settings.register_profile("nightly", deadline=None, max_examples=1000
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 LONGEST_FILES = (
-    *("test_faults.py", "test_endings.py", "test_llama.py", "test_rehearsal.py", "test_train.py", "test_runs.py"),
-    *("test_mesh.py", "test_nnx.py", "test_layers.py", "test_readme.py", "test_onehot.py", "test_kinds.py"),
+    *("test_faults.py", "test_finetune.py", "test_nnx.py", "test_quant.py", "test_fsdp.py", "test_dora.py"),
+    *("test_layers.py", "test_layouts.py", "test_train.py", "test_mesh.py", "test_onehot.py", "test_readme.py"),
+    *("test_training.py", "test_kinds.py", "test_llama.py", "test_rehearsal.py", "test_endings.py", "test_runs.py"),
 )
 """Begun first, so that no worker is left alone with one at the end; a file that is missing here costs time only."""
 
