@@ -29,6 +29,7 @@ from torch_impl import checkpoint, checkpoint_files
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 LONG = 100_000
+"""Steps of a run that does not end by itself."""
 
 
 @pytest.fixture
@@ -197,6 +198,7 @@ def test_a_hang_is_ended_with_every_ranks_phase_and_stack(tmp_path: Path, words:
     assert f"rank 1 (pid {ending.victim} on " in text
 
 
+@pytest.mark.long
 def test_a_slow_phase_prints_every_ranks_stack(tmp_path: Path, words: Callable[..., list[str]]) -> None:
     """A limit that no load keeps: both ranks print phase and stack, and the job ends non-zero."""
     job = watch(words("--phase-timeout", "0.05"), until="past --phase-timeout", act=lambda *_: 0)
