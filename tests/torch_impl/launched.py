@@ -112,11 +112,14 @@ def kill_rank(rank: int, number: int = signal.SIGKILL) -> Callable[[int, dict[in
 
 
 def kill_in_the_load(rank: int) -> Callable[[int, dict[int, int]], int]:
-    """Kill one rank while it has a file of weights open: it is stopped each time to see whether it has."""
+    """Kill one rank while it has a file of weights open: it is stopped each time to see whether it has.
+
+    Begin when the ranks are there: no line of rank 0 comes surely before the load of rank 1.
+    """
 
     def act(_: int, ranks: dict[int, int]) -> int:
         watched = psutil.Process(ranks[rank])
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
             watched.suspend()
             if any(file.path.endswith("/model.safetensors") for file in watched.open_files()):

@@ -53,12 +53,13 @@ class Moment:
     """When a rank is killed, and in which phase its recorder must then say it was."""
 
     until: str
+    """The line of rank 0 to wait for; without one, until the ranks are there."""
     act: Callable[[int, Path], Callable[[int, dict[int, int]], int]]
     phase: str
 
 
 MOMENTS = {
-    "load": Moment("phase text", lambda rank, _: kill_in_the_load(rank), "load"),
+    "load": Moment("", lambda rank, _: kill_in_the_load(rank), "load"),
     "step": Moment("step 8/", lambda rank, _: kill_rank(rank), ""),
     "collective": Moment("step 3/", lambda rank, _: kill_in_a_collective(rank), ""),
     "save": Moment("step 5/", kill_in_a_save, "saving step "),
