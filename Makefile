@@ -1,12 +1,17 @@
 # Two commands: `make parity` runs the proof, `make test` tests the project. Both install what they need, once.
+# What tests are slow by nature (kills under load, long fine-tunes) `make test-long` runs.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RESULTS ?= results
 ARGS ?=
+# Processes that share the tests, a file at a time, in the order of tests/conftest.py.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -q --durations=15
+SHARED := --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
-.PHONY: parity full mutants test format check unit clean
+.PHONY: parity full mutants test test-long format check lint types unit installed clean
 
 parity: $(VENV)/installed  ## the quick tier: verdict on the terminal, results in results/quick.json
 	$(BIN)/dora-parity run --tier quick --json $(RESULTS)/quick.json $(ARGS)
@@ -17,20 +22,32 @@ full: $(VENV)/installed  ## every shape, world 8, and all blocks of the pretrain
 mutants: $(VENV)/installed  ## every known bug, planted; each must be found
 	$(BIN)/dora-parity mutants
 
-test: check unit
+test: lint  ## all checks and tests; the types, half a minute, beside the tests
+	@said=$$(mktemp); $(BIN)/basedpyright >"$$said" 2>&1 & types=$$!; \
+	$(PYTEST) $(SHARED) -m 'not long' $(ARGS); tests=$$?; \
+	wait $$types; types=$$?; echo "types: $$(cat "$$said")"; rm -f "$$said"; exit $$((tests | types))
 
-check: $(VENV)/installed  ## formatter, linter, types, import rules
+check: lint types
+
+lint: $(VENV)/installed  ## formatter, linter, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 
-unit: $(VENV)/installed  ## unit and distributed tests
-	$(BIN)/python -m pytest -q $(ARGS)
+types: $(VENV)/installed
+	$(BIN)/basedpyright
+
+unit: $(VENV)/installed  ## the tests of `make test` alone
+	$(PYTEST) $(SHARED) -m 'not long' $(ARGS)
+
+test-long: $(VENV)/installed  ## what is slow by nature; one after the other, since kills and hangs have limits
+	$(PYTEST) -m long $(ARGS)
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+installed: $(VENV)/installed  ## the virtual environment, with the versions of constraints.txt
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11 to 3.13 is needed, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
@@ -39,4 +56,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(RESULTS) build *.egg-info
+	rm -rf $(VENV) $(RESULTS) build *.egg-info .pytest_cache

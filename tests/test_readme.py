@@ -29,7 +29,6 @@ def run(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
 def test_example_with_the_bug_is_told_what_it_looks_like(tmp_path):
     """The undetached norm of the README's example fails, by name."""
     result = run(example(), tmp_path)
@@ -39,7 +38,6 @@ def test_example_with_the_bug_is_told_what_it_looks_like(tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
 def test_example_without_the_bug_holds(tmp_path):
     """With the norm detached, as the README's comment says, the example holds."""
     mended = example().replace(".to(V.dtype)  # D5 wants .detach() here", ".to(V.dtype).detach()")
@@ -69,7 +67,7 @@ def test_fine_tune_in_jax_learns_and_leaves_an_adapter(tmp_path):
         assert len(stream.keys()) == 14 * 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fine_tune_in_jax_prints_what_the_readme_shows(tmp_path):
     """The whole model gives the README's losses, to the last digit but one."""
     shown = re.search(

@@ -1,4 +1,4 @@
-"""What the tests of the suite share: where ranks find the fakes, a pipeline, and the command line as a process."""
+"""What the tests of the suite share: where ranks find the fakes, a pipeline, and the command line."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ import pytest
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # ranks import the fakes by module name
 
-from commands import run_command  # noqa: E402 - the path comes first
+from commands import call_command, run_command  # noqa: E402 - the path comes first
 
 from parity.pipeline import Pipeline  # noqa: E402 - the path comes first
 
@@ -36,3 +36,11 @@ def dora_parity(environment, tmp_path):
         return run_command(arguments, folder=tmp_path, environment=environment | variables)
 
     return run
+
+
+@pytest.fixture
+def called(tmp_path, monkeypatch, capfd):
+    """Call the command in this process, in an empty folder: for what ends before anything runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *arguments: call_command(arguments, capfd=capfd)

@@ -107,11 +107,11 @@ def test_an_unknown_row_is_refused():
 
 
 @pytest.mark.parametrize("option", ["--json", "--plot"])
-def test_a_place_that_cannot_be_written_is_one_line(dora_parity, tmp_path, option):
+def test_a_place_that_cannot_be_written_is_one_line(called, tmp_path, option):
     """It is known before anything is measured."""
     (tmp_path / "blocked").write_text("a file, not a folder")
 
-    done = dora_parity("bench", option, "blocked/rows.svg")
+    done = called("bench", option, "blocked/rows.svg")
 
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "blocked/rows.svg cannot be written" in done.stderr

@@ -216,7 +216,7 @@ KINDS = {"one row": (1, None), "bf16 wire": (4, "bfloat16")}
 """The adapter's rank, of which 4 leaves nothing to align in adapters, and the dtype in which all else is gathered."""
 FIRST = 100
 """The number of the first element: torch fills with 42 and 0."""
-MARKS = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300)]
+MARKS = [pytest.mark.distributed, pytest.mark.timeout(300)]
 WITNESSED = pytest.mark.parametrize(
     ("world", "kind", "strategy"),
     [pytest.param(*of, id="-".join(map(str, of)), marks=MARKS) for of in product(range(1, 9), KINDS, STRATEGIES)],

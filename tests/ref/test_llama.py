@@ -130,7 +130,7 @@ def test_two_blocks_equal_the_stock_model(smollm2):
     assert off < STOCK, where
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("lifted")
 def test_thirty_blocks_equal_transformers_in_float64(smollm2):
     """The whole model agrees with transformers' lifted Llama."""
@@ -139,7 +139,7 @@ def test_thirty_blocks_equal_transformers_in_float64(smollm2):
     assert off < LIFTED, where
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_thirty_blocks_equal_the_stock_model(smollm2):
     """The whole model agrees with the stock one in double, as far as its own float32 allows."""
     off, where = compare(smollm2, layers=30, tokens=16)

@@ -1,15 +1,19 @@
 """A run under torchrun that something happens to: start it, wait for a line, act, see how it ends."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+PATIENCE = 25.0
+"""How many seconds processes of a job that has ended may take to end too: far fewer on an idle machine."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Ending:
     """From the act to the end of the launcher."""
     lines: list[str]
     orphans: list[int]
-    """Processes of the job that were still there some seconds later."""
+    """Processes of the job that were still there PATIENCE later."""
     victim: int
     """The process that was acted on."""
 
@@ -38,36 +42,51 @@ def command(words: list[str], *, world: int, restarts: int = 0) -> list[str]:
 def watch(words: list[str], *, until: str, act: Callable[[int, dict[int, int]], int]) -> Callable[..., Ending]:
     """Make a job that runs until a line holds `until`, then `act(launcher, ranks)`; it returns whom it acted on."""
 
-    def run(log: Path, *, world: int, restarts: int = 0, patience: float = 2.0) -> Ending:
-        log.write_text("")
-        with log.open("w") as output:
-            job = subprocess.Popen(  # noqa: S603 - our own words
-                command(words, world=world, restarts=restarts),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                cwd=Path(__file__).parents[2],
-            )
-        deadline = time.monotonic() + 90
-        while until not in log.read_text():
-            assert job.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.02)
-        family = psutil.Process(job.pid).children(recursive=True)
-        while not until and len(_ranks(family)) < world:
-            assert time.monotonic() < deadline, log.read_text()
+    def run(log: Path, *, world: int, restarts: int = 0) -> Ending:
+        with _started(command(words, world=world, restarts=restarts), log) as job:
+            deadline = time.monotonic() + 90
+            while until not in log.read_text():
+                assert job.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.02)
             family = psutil.Process(job.pid).children(recursive=True)
-        start = time.monotonic()
-        victim = act(job.pid, _ranks(family))
-        status = job.wait(90)
-        seconds = time.monotonic() - start
-        _, alive = psutil.wait_procs(family, timeout=patience)
-        orphans = [process.pid for process in alive]
-        for process in alive:
-            process.kill()
-        return Ending(status, seconds, log.read_text().splitlines(), orphans, victim)
+            while not until and len(_ranks(family)) < world:
+                assert time.monotonic() < deadline, log.read_text()
+                family = psutil.Process(job.pid).children(recursive=True)
+            start = time.monotonic()
+            victim = act(job.pid, _ranks(family))
+            status = job.wait(90)
+            seconds = time.monotonic() - start
+            _, alive = psutil.wait_procs(family, timeout=PATIENCE)
+            orphans = [process.pid for process in alive]
+            for process in alive:
+                process.kill()
+            return Ending(status, seconds, log.read_text().splitlines(), orphans, victim)
 
     return run
+
+
+@contextlib.contextmanager
+def _started(words: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A job whose output goes to a file; where the test fails meanwhile, nothing of it is left running."""
+    with log.open("w") as output:
+        job = subprocess.Popen(  # noqa: S603 - our own words
+            words,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).parents[2],
+        )
+    try:
+        yield job
+    except BaseException:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            launcher = psutil.Process(job.pid)
+            for process in [*launcher.children(recursive=True), launcher]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        job.wait()
+        raise
 
 
 def _ranks(family: list[psutil.Process]) -> dict[int, int]:
@@ -93,15 +112,22 @@ def kill_rank(rank: int, number: int = signal.SIGKILL) -> Callable[[int, dict[in
 
 
 def kill_in_the_load(rank: int) -> Callable[[int, dict[int, int]], int]:
-    """Kill one rank while it has a file of weights open."""
+    """Kill one rank while it has a file of weights open: it is stopped each time to see whether it has.
+
+    Begin when the ranks are there: no line of rank 0 comes surely before the load of rank 1.
+    """
 
     def act(_: int, ranks: dict[int, int]) -> int:
         watched = psutil.Process(ranks[rank])
-        deadline = time.monotonic() + 60
-        while not any(file.path.endswith("/model.safetensors") for file in watched.open_files()):
-            assert time.monotonic() < deadline, "no load was caught under way"
-        os.kill(ranks[rank], signal.SIGKILL)
-        return ranks[rank]
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            watched.suspend()
+            if any(file.path.endswith("/model.safetensors") for file in watched.open_files()):
+                watched.kill()
+                return watched.pid
+            watched.resume()
+            time.sleep(0.005)
+        raise AssertionError("no load was caught under way")
 
     return act
 

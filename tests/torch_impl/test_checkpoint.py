@@ -156,7 +156,7 @@ def test_a_folder_that_is_a_file_is_one_line(tmp_path: Path) -> None:
         checkpoint.save(tmp_path / "out" / "checkpoints", *trained(), checkpoint.Saved(1, 0, {}))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
 def test_fifty_kills_while_saving_leave_fifty_loadable_checkpoints(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from small import write_model, write_text
 
 from torch_impl import checkpoint, checkpoint_files
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 
 
 def _mount(*words: str) -> None:

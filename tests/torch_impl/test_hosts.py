@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from small import write_model, write_text
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(480)]
 ADDRESSES = {"left": "10.213.7.1", "right": "10.213.7.2"}
 
 

@@ -25,7 +25,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, Path]:
     return done.returncode, done.stdout + done.stderr, picture
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_jax_and_torch_train_one_curve_from_the_same_bits(ran) -> None:
     """On eight batches of real text every loss and tensor of both is the float64 run's, within its own rounding."""
@@ -37,7 +37,7 @@ def test_jax_and_torch_train_one_curve_from_the_same_bits(ran) -> None:
     assert picture.stat().st_size > 1000
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_bug_on_one_side_parts_the_curves(ran, bug: str) -> None:

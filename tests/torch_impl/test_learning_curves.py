@@ -85,7 +85,7 @@ def test_each_way_to_fall_short_is_said(name: str) -> None:
     assert any(words in text for text in shortfalls(runs()))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
 def test_the_tool_trains_compares_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from parity.models.pretrained import PretrainedUnavailable, locate
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
