@@ -296,14 +296,14 @@ class ForksSleeper(Good):
 class StartsSleeper(Good):
     """Leaves a program behind that sleeps."""
 
-    does = deed(lambda: subprocess.Popen(["sleep", str(SLEEP_SECONDS)]))  # noqa: S607 - any sleep will do
+    does = deed(lambda: subprocess.Popen(["sleep", str(SLEEP_SECONDS)]))  # noqa: S603, S607 - any sleep will do
 
 
 class StartsDaemon(Good):
     """Leaves a program behind that has a session of its own and no parent."""
 
     does = deed(
-        lambda: subprocess.run(["sh", "-c", f"setsid sleep {SLEEP_SECONDS} &"], check=True)  # noqa: S607 - any shell
+        lambda: subprocess.run(["sh", "-c", f"setsid sleep {SLEEP_SECONDS} &"], check=True)  # noqa: S603, S607 - any shell
     )
 
 
@@ -879,7 +879,7 @@ def writing(*pieces):
 
     def run(self, case, place):
         for found in gc.get_objects():
-            if isinstance(found, Connection) and not found.closed and found.writable and found.readable:
+            if type(found) is Connection and not found.closed and found.writable and found.readable:
                 for piece in pieces:
                     os.write(found.fileno(), piece)
         yield from Good.run(self, case, place)
