@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
+import numpy as np
+
 from parity.case import UNSHARDED, Case
 from parity.checks.coverage import HeldBy, check_layout, copies_of, frozen_gradients, layout_question, missing_elements
 from parity.checks.expectation import Expectations, from_oracle, from_twin
@@ -138,7 +140,8 @@ class Pipeline:
             refused = next((answer.refused for answer in answers if answer.refused), None)
             if refused:
                 return result("skipped", reason=refused)
-            checks = self._check(case, implementation, answers, predictions)
+            with np.errstate(invalid="ignore", over="ignore"):  # infinities are judged, and nothing to warn of
+                checks = self._check(case, implementation, answers, predictions)
         except CaseFailed as error:
             return result("error", reason=printable(str(error)))
         except Exception as error:  # noqa: BLE001 - whatever it is, the cases that follow are not to be lost

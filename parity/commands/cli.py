@@ -1,4 +1,4 @@
-"""The command line. Exit status: 0 all hold, 1 something fell short, 2 cannot run as asked, 130 by Ctrl-C, 143 by SIGTERM."""
+"""The command line. Exit status: 0 holds, 1 fell short, 2 cannot run as asked, 130 by Ctrl-C, 143 by SIGTERM."""
 
 from __future__ import annotations
 

@@ -31,8 +31,10 @@ from parity.printable import printable
 from parity.workers.family import end_families
 from parity.workers.folders import own_folder
 from parity.workers.memory import rank_memory
-from parity.workers.wire import Frame, has_spoken, is_listening, receive
+from parity.workers.wire import Frame, Source, has_spoken, is_listening, receive
 
+_FORK_SERVERS = 5
+"""How many are tried."""
 READY = 0
 """The number of the answer that a worker gives unasked, once: that it can be asked."""
 START_SECONDS = 120.0
@@ -168,14 +170,24 @@ class Workers:
         self._gather(READY, time.monotonic() + START_SECONDS, f"{START_SECONDS:g} s at the start")
 
     def _begin(self, process: multiprocessing.process.BaseProcess) -> None:
-        """Start it with interrupts held back, or its fork server, which passes that on and takes seconds to answer."""
+        """Start it with interrupts held back, or its fork server, which passes that on and takes seconds to answer.
+
+        A subject may have killed the fork server, which takes a moment to be seen: then there is a new one.
+        """
         if self._context.get_start_method() != "forkserver":
             with _interrupts_held_back():
                 process.start()
             return
-        with _interrupts_held_back():
-            forkserver.ensure_running()
-        process.start()
+        for _ in range(_FORK_SERVERS):
+            with _interrupts_held_back():
+                forkserver.ensure_running()
+            try:
+                process.start()
+            except (ConnectionError, EOFError):
+                time.sleep(_LAST_WORDS_SECONDS)
+            else:
+                return
+        raise CaseFailed("no rank could be started: the fork server ends again and again")
 
     def _stack_file(self, rank: int) -> str:
         return str(Path(self._folder.name) / f"stack-{rank}") if self._folder else os.devnull
@@ -204,7 +216,7 @@ class Workers:
 
     def _receive(self, rank: int, job: int, deadline: float, limit: str) -> Frame:
         try:
-            frame = receive(self._connections[rank], job, deadline=deadline, most_bytes=self._most_bytes)
+            frame = receive(self._source(rank), job, deadline=deadline, most_bytes=self._most_bytes)
         except TimeoutError:
             raise CaseHung(f"{self._hung([rank], limit)}, which stopped amid its answer") from None
         except (EOFError, ConnectionResetError):
@@ -214,6 +226,9 @@ class Workers:
         if frame.error is not None:
             raise CaseFailed("; ".join([f"rank {rank} {printable(frame.error)}", *self._other_errors(rank, job)]))
         return frame
+
+    def _source(self, rank: int) -> Source:
+        return Source(self._connections[rank], self._processes[rank].sentinel)
 
     def _read(self, read: Read, frame: Frame, rank: int) -> Any:
         """What is in a frame."""
@@ -225,11 +240,11 @@ class Workers:
     def _other_errors(self, first: int, job: int) -> list[str]:
         """What becomes of the other ranks within a moment: often the same, sometimes the cause."""
         errors, deadline = [], time.monotonic() + _LAST_WORDS_SECONDS
-        for rank, connection in enumerate(self._connections):
+        for rank in range(self.world):
             if rank == first:
                 continue
             try:
-                frame = receive(connection, job, deadline=deadline, most_bytes=self._most_bytes)
+                frame = receive(self._source(rank), job, deadline=deadline, most_bytes=self._most_bytes)
             except (EOFError, ConnectionResetError):
                 errors.append(self._died(rank))
             except (TimeoutError, NoAnswer):

@@ -18,7 +18,7 @@ import socket
 import struct
 import time
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from numbers import Integral
 from typing import Any
 
@@ -83,27 +83,55 @@ def _write(connection: Connection, content: bytes) -> None:
         view = view[os.write(connection.fileno(), view) :]
 
 
-def receive(connection: Connection, job: int, *, deadline: float, most_bytes: int) -> Frame:
+@dataclass(frozen=True)
+class Source:
+    """Where answers come from: a pipe, and what tells that the worker at its other end has ended."""
+
+    connection: Connection
+    sentinel: int
+    """A descendant may hold the pipe open beyond the worker's end."""
+
+    def read(self, size: int, deadline: float) -> bytearray:
+        """So many bytes; memory is taken as they come, whatever size was announced.
+
+        Raises:
+            TimeoutError: the deadline came first.
+            EOFError: the other end is closed, or has ended.
+        """
+        content = bytearray()
+        while len(content) < size:
+            ready = wait([self.connection, self.sentinel], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError
+            missing = min(size - len(content), _PIECE_BYTES)
+            piece = os.read(self.connection.fileno(), missing) if self.connection in ready else b""
+            if not piece:
+                raise EOFError
+            content += piece
+        return content
+
+
+def receive(source: Source, job: int, *, deadline: float, most_bytes: int) -> Frame:
     """Read one frame, whole.
 
     Raises:
         TimeoutError: the deadline came first.
-        EOFError: the other end is closed.
+        EOFError: the other end is closed, or has ended.
         NoAnswer: what came is no frame, too large, or an answer to another job.
     """
-    prefix = _read(connection, _PREFIX.size, deadline)
+    prefix = source.read(_PREFIX.size, deadline)
     magic, header_bytes, body_bytes = _PREFIX.unpack(prefix)
     if magic != _MAGIC:
         raise NoAnswer(f"it begins with the bytes {bytes(prefix[:8])!r}")
     _check_size("header", header_bytes, _HEADER_BYTES)
     _check_size("body", body_bytes, most_bytes)
-    header = _parse(_read(connection, header_bytes, deadline))
+    header = _parse(source.read(header_bytes, deadline))
     if header.get("job") != job:
         raise NoAnswer("it answers another job")
     error = header.get("error")
     if error is not None and not isinstance(error, str):
         raise NoAnswer("its error is no text")
-    return Frame(header.get("answer"), error, _read(connection, body_bytes, deadline))
+    return Frame(header.get("answer"), error, source.read(body_bytes, deadline))
 
 
 def has_spoken(connection: Connection) -> bool:
@@ -135,16 +163,3 @@ def _parse(text: bytearray) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise NoAnswer("its header is no object")
     return header
-
-
-def _read(connection: Connection, size: int, deadline: float) -> bytearray:
-    """Memory is taken as the bytes come, whatever size was announced."""
-    content = bytearray()
-    while len(content) < size:
-        if not connection.poll(max(0.0, deadline - time.monotonic())):
-            raise TimeoutError
-        piece = os.read(connection.fileno(), min(size - len(content), _PIECE_BYTES))
-        if not piece:
-            raise EOFError
-        content += piece
-    return content

@@ -307,6 +307,15 @@ class StartsDaemon(Good):
     )
 
 
+class StartsDaemonAndSleeps(StartsDaemon):
+    """Leaves such a program behind, and sleeps."""
+
+    def does(self, case):
+        """Start it, and sleep."""
+        StartsDaemon.does(self, case)
+        time.sleep(SLEEP_SECONDS)
+
+
 class ChangesFolder(Good):
     """Goes to another working directory."""
 
@@ -584,9 +593,9 @@ class WithoutValues(Changed):
 
 
 class HugeArray(Changed):
-    """Arrays of 900 million values for tensors of some hundred."""
+    """Arrays of a hundred million values for tensors of some hundred."""
 
-    only, changes = "gradient", values(lambda array: np.zeros((30000, 30000), array.dtype))
+    only, changes = "gradient", values(lambda array: np.zeros((10000, 10000), array.dtype))
 
 
 class WholeForPart(Changed):
