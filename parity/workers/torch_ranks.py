@@ -14,6 +14,7 @@ from parity.errors import NoAnswer
 from parity.job import Job, Place, RankAnswer
 from parity.workers.answers import bounded, pack_answers, unpack_answers
 from parity.workers.child import life, serve
+from parity.workers.folders import own_folder
 from parity.workers.group import Seat, Workers, kill_fork_server
 from parity.workers.memory import rank_memory
 from parity.workers.refusing import what_is_said, why_refused
@@ -45,7 +46,8 @@ class Pools:
     """One pool a world size. Use as a context manager: leaving it leaves no process behind."""
 
     def __init__(self, *, device: str = "cpu", model: Path | None = None) -> None:
-        os.environ.update(ENVIRONMENT)
+        self._folder = own_folder()
+        os.environ.update(ENVIRONMENT | {"TORCHINDUCTOR_CACHE_DIR": self._folder.name})  # it makes one when it loads
         self._context = multiprocessing.get_context("forkserver")
         network = ("transformers.models.llama.modeling_llama",) if model else ()
         self._context.set_forkserver_preload([*_PRELOADED, *network])
@@ -60,6 +62,7 @@ class Pools:
             pool.close()
         if exception and isinstance(exception[0], type) and issubclass(exception[0], KeyboardInterrupt):
             kill_fork_server()
+        self._folder.cleanup()
 
     def run(self, job: Job, *, seconds: float) -> list[RankAnswer]:
         """Run a job on every rank of its world.
