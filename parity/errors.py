@@ -48,3 +48,11 @@ class LatticeNotExact(ParityError):
 
 class CaseFailed(ParityError):
     """A rank raised, died or hung while it ran a case."""
+
+
+class CaseHung(CaseFailed):
+    """A rank gave no answer, or not a whole one, in the time that a case may take."""
+
+
+class NoAnswer(ParityError):
+    """What a worker sent cannot be read as an answer to its job."""

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from parity.case import Case
+from parity.fields import check_fields
+from parity.printable import printable
 from parity.shard import Shard
+
+_UNITS = ("", "layer")
 
 
 @dataclass(frozen=True)
@@ -51,3 +55,16 @@ class RankAnswer:
     """The kinds of tensor that it declares beside those that everyone owes."""
     said: str = ""
     """What it said of what it was to refuse; empty where it took it."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no answer.
+
+        Raises:
+            TypeError: a field holds something else than it declares, or what is given is no shard.
+        """
+        check_fields(self, RankAnswer)
+        odd = next((type(shard).__name__ for shard in self.shards if not isinstance(shard, Shard)), None)
+        if odd:
+            raise TypeError(f"it gave a {printable(odd)}, wanted a Shard")
+        if self.units not in _UNITS:
+            raise TypeError(f"it declares units {self.units!r}, wanted 'layer' or nothing")

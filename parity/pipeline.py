@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import tempfile
 import time
+import traceback
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Self
+
+import numpy as np
 
 from parity.case import UNSHARDED, Case
 from parity.checks.collectives import check_collectives
@@ -23,12 +26,14 @@ from parity.checks.expectation import Expectations, from_itself, from_oracle, fr
 from parity.checks.itself import as_declared, unchanged
 from parity.checks.refusal import check_refusal
 from parity.checks.shard_check import Check, check_shard
-from parity.errors import CaseFailed
+from parity.errors import CaseFailed, CaseHung
 from parity.implementations.registry import FILES, JAX_IMPLEMENTATIONS
 from parity.job import Job, RankAnswer
 from parity.oracle.prediction import LayoutQuestion, Predictions
+from parity.printable import printable
 from parity.report.results import ASIDE, CaseResult, Status, group_of
 from parity.shard import Shard
+from parity.workers.folders import own_folder, sweep_leftovers
 from parity.workers.jax_process import Offsets, Oracle
 from parity.workers.lookahead import Ahead
 from parity.workers.torch_ranks import Pools
@@ -37,16 +42,32 @@ Assignment = tuple[Case, str]
 """A case and the implementation that runs it."""
 
 NO_MODEL = "no pretrained weights: "
+MOST_HANGS = 3
+"""Cases in a row without an answer in time, after which an implementation is taken to be hanging."""
 
 
 class Pipeline:
-    """Runs cases. A context manager: leaving it leaves no process behind."""
+    """Runs cases. A context manager: leaving it leaves no process behind.
 
-    def __init__(self, *, device: str = "cpu", model: Path | None = None, no_model: str = "", cache: Path) -> None:
+    `seconds` is the limit of a case, where it is to be another than `limit_seconds` gives.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: str = "cpu",
+        model: Path | None = None,
+        no_model: str = "",
+        cache: Path,
+        seconds: float | None = None,
+    ) -> None:
+        sweep_leftovers()
         self._pools = Pools(device=device, model=model)
         self._oracle = Oracle(model=model, cache=cache)
         self._ahead = Ahead()
         self._no_model = no_model
+        self._seconds = seconds
+        self._hangs: Counter[str] = Counter()
         self._twins: dict[tuple[Case, str], list[Shard]] = {}
         self._jax_answers: dict[Job, Future[list[RankAnswer]]] = {}
 
@@ -75,7 +96,7 @@ class Pipeline:
         predictions = None
         if not case.has_twin and case.proof not in {"refusal", "neutral"}:
             offsets = self._offsets(case, implementation)
-            ask = partial(self._oracle.predict, case, offsets, seconds=limit_seconds(case))
+            ask = partial(self._oracle.predict, case, offsets, seconds=self._limit(case))
             predictions = self._ahead.submit(ask)
         if implementation in JAX_IMPLEMENTATIONS:
             self._ask_jax(Job(case, implementation))
@@ -92,12 +113,12 @@ class Pipeline:
             shards = self._run_twin(start, implementation)
         except CaseFailed:
             return ()  # the case itself will fail in the same way, and say so
-        return tuple((shard.name, float(shard.array)) for shard in shards if shard.kind == "offset")
+        return tuple((s.name, float(s.array)) for s in shards if s.kind == "offset" and s.array.shape == ())
 
     def _ask_jax(self, job: Job) -> Future[list[RankAnswer]]:
         """Each job once: twins are shared."""
         if job not in self._jax_answers:
-            self._jax_answers[job] = self._ahead.submit(partial(self._oracle.run, job, seconds=limit_seconds(job.case)))
+            self._jax_answers[job] = self._ahead.submit(partial(self._oracle.run, job, seconds=self._limit(job.case)))
         return self._jax_answers[job]
 
     def _run_case(self, case: Case, implementation: str, predictions: Future[Predictions] | None) -> CaseResult:
@@ -121,9 +142,14 @@ class Pipeline:
             refused = next((answer.refused for answer in answers if answer.refused), None)
             if refused:
                 return result("skipped", reason=refused)
-            checks = self._check(case, implementation, answers, predictions)
+            with np.errstate(invalid="ignore", over="ignore"):  # infinities are judged, and nothing to warn of
+                checks = self._check(case, implementation, answers, predictions)
         except CaseFailed as error:
-            return result("error", reason=str(error))
+            return result("error", reason=printable(str(error)))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the cases that follow are not to be lost
+            said = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(said.filename).name}:{said.lineno}"
+            return result("error", reason=printable(f"the judge raised {type(error).__name__}: {error} ({where})"))
         if not checks:
             return result("error", reason="the implementation gave nothing that could be checked")
         return result(status_of(checks), checks)
@@ -134,21 +160,39 @@ class Pipeline:
             return self._exchange(job)
         if implementation in JAX_IMPLEMENTATIONS:
             return self._ask_jax(job).result()
-        return self._pools.run(job, seconds=limit_seconds(case))
+        return self._run_on_ranks(job)
+
+    def _run_on_ranks(self, job: Job) -> list[RankAnswer]:
+        """Who hangs again and again is not asked again: a hundred cases would take hours to say the same."""
+        if self._hangs[job.implementation] >= MOST_HANGS:
+            raise CaseFailed(f"not run: {job.implementation} is hanging, it gave no answer {MOST_HANGS} times in a row")
+        try:
+            answers = self._pools.run(job, seconds=self._limit(job.case))
+        except CaseHung:
+            self._hangs[job.implementation] += 1
+            raise
+        except CaseFailed:
+            self._hangs[job.implementation] = 0
+            raise
+        self._hangs[job.implementation] = 0
+        return answers
+
+    def _limit(self, case: Case) -> float:
+        return self._seconds or limit_seconds(case)
 
     def _exchange(self, job: Job) -> list[RankAnswer]:
         """C1, C2: one side writes files, then the other reads them; what the readers hold is the answer."""
-        seconds = limit_seconds(job.case)
-        with tempfile.TemporaryDirectory(prefix="dora-parity-") as folder:
+        seconds = self._limit(job.case)
+        with own_folder() as folder:
             ours = dataclasses.replace(job, folder=Path(folder))
             theirs = dataclasses.replace(ours, implementation=FILES)
             ask = partial(self._oracle.run, theirs, seconds=seconds)
             if job.case.task == "written":
-                written = self._pools.run(ours, seconds=seconds)
+                written = self._run_on_ranks(ours)
                 refused = [answer for answer in written if answer.refused]
                 return refused or [*written, *self._ahead.submit(ask, urgent=True).result()]
             self._ahead.submit(ask, urgent=True).result()
-            return self._pools.run(ours, seconds=seconds)
+            return self._run_on_ranks(ours)
 
     def _check(
         self, case: Case, implementation: str, answers: list[RankAnswer], predictions: Future[Predictions] | None

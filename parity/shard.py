@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from numbers import Integral
 
 import numpy as np
 
+from parity.fields import check_fields
+
 Index = tuple[slice, ...]
-_NUMBERS = "buifV"
-"""numpy's kinds of dtype that a shard may have; V is bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,20 +29,18 @@ class Shard:
     array: np.ndarray
     """The values here."""
     rank: int = 0
-    """Filled in by the pool."""
+    """Filled in where the answer arrives, by the pipe that it came through."""
 
     def __post_init__(self) -> None:
-        """Refuse, where it is made, what no check could read.
+        """Refuse, where it is made and again where it arrives, what no check could read.
 
         Raises:
-            TypeError: the array is none of numpy's numbers, or the index has a slice without an end, or with a step.
+            TypeError: a field holds something else than it declares, or the array more values than the whole has.
         """
-        if not isinstance(self.array, np.ndarray) or self.array.dtype.kind not in _NUMBERS:
-            came = f"{self.array.dtype} array" if isinstance(self.array, np.ndarray) else type(self.array).__name__
-            raise TypeError(f"{self.name} {self.kind}: the values are a {came}, wanted a numpy array of numbers")
-        if not isinstance(self.index, tuple) or not all(_is_plain(part) for part in self.index):
+        check_fields(self, Shard)
+        if self.array.size > math.prod(self.global_shape):
             raise TypeError(
-                f"{self.name} {self.kind}: index {self.index!r}, wanted slices with start, stop and no step"
+                f"{self.name} {self.kind}: {self.array.size} values, of a tensor of shape {self.global_shape}"
             )
 
     @property
@@ -64,15 +62,6 @@ class Shard:
             if not 0 <= part.start <= part.stop <= size:
                 raise IndexError(f"{part.start}:{part.stop} is outside 0:{size}")
         return target[(*self.index, ...)]  # a view, also of a tensor without axes
-
-
-def _is_plain(part: object) -> bool:
-    return (
-        isinstance(part, slice)
-        and isinstance(part.start, Integral)
-        and isinstance(part.stop, Integral)
-        and not part.step
-    )
 
 
 def whole_index(shape: tuple[int, ...]) -> Index:

@@ -59,6 +59,8 @@ def _factors(failed: list[Check]) -> list[float]:
             continue
         got, want = check.got.astype(np.float64).ravel(), check.want.astype(np.float64).ravel()
         square = float(want @ want)
+        if not np.isfinite(got).all():
+            return []
         factor = float(got @ want) / square if square else 0.0
         if np.linalg.norm(got - factor * want) > _CLOSE * np.linalg.norm(got):
             return []

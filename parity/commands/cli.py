@@ -1,8 +1,9 @@
-"""The command line. Exit status: 0 all hold, 1 something fell short, 2 cannot run as asked, 130 interrupted."""
+"""The command line. Exit status: 0 holds, 1 fell short, 2 cannot run as asked, 130 by Ctrl-C, 143 by SIGTERM."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,8 +13,9 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 from tyro.extras import SubcommandApp
 
-from parity.commands.options import CANNOT_RUN, HOLDS, INTERRUPTED, RunOptions, Selection
+from parity.commands.options import CANNOT_RUN, HOLDS, INTERRUPTED, TERMINATED, RunOptions, Selection
 from parity.errors import CannotRun
+from parity.workers.family import ended_with_us
 
 app = SubcommandApp()
 
@@ -21,7 +23,7 @@ _ABOUT = """Is this DoRA right, also when it is quantised and sharded?
 
 Each case runs a DoRA implementation on one or more ranks and compares what every rank holds with the unsharded
 mathematics: gradients, magnitudes, parameters after steps. Exit status: 0 all hold, 1 something fell short, 2 cannot
-run as asked, 130 interrupted.
+run as asked, 130 interrupted by Ctrl-C, 143 by SIGTERM.
 
 Examples:
   dora-parity run                                   the quick tier, some two minutes on two cores
@@ -94,13 +96,22 @@ def bench(
     return run_bench(only, json, plot, Console())
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what happens at Ctrl-C happens too, and the exit status says which it was."""
+
+
 def main() -> None:
-    """Entry point: errors become one line, never a traceback."""
+    """Entry point: errors become one line, never a traceback; nothing that was started outlives the command."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
-        status = app.cli(prog="dora-parity", description=_ABOUT)
+        with ended_with_us():
+            status = app.cli(prog="dora-parity", description=_ABOUT)
     except CannotRun as error:
         print(f"dora-parity: {error}", file=sys.stderr)  # noqa: T201
         status = CANNOT_RUN
+    except Terminated:
+        print("dora-parity: terminated; every rank has been ended", file=sys.stderr)  # noqa: T201
+        status = TERMINATED
     except KeyboardInterrupt:
         print("dora-parity: interrupted; every rank has been ended", file=sys.stderr)  # noqa: T201
         status = INTERRUPTED
@@ -108,3 +119,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
         status = INTERRUPTED
     sys.exit(status)
+
+
+def _terminate(*_: object) -> None:
+    """Once: a second signal must not stop the first one's tidying up."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated

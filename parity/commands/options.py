@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import arg
 
-HOLDS, FELL_SHORT, CANNOT_RUN, INTERRUPTED = 0, 1, 2, 130
+HOLDS, FELL_SHORT, CANNOT_RUN, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 @dataclass(frozen=True)

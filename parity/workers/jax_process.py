@@ -13,9 +13,11 @@ from typing import Any
 from parity.case import DEFAULTS, WITHOUT_EFFECT, Case
 from parity.job import Job, Place, RankAnswer, declared
 from parity.oracle.prediction import LayoutQuestion, Layouts, Predictions
+from parity.workers.answers import pack_answers, pack_trusted, unpack_answers, unpack_trusted
 from parity.workers.child import life, serve
 from parity.workers.group import Seat, Workers
-from parity.workers.refusing import what_is_said
+from parity.workers.refusing import what_is_said, why_refused
+from parity.workers.wire import Packed
 
 DEVICES = 8
 """Virtual CPU devices: the largest world of a sharded JAX case."""
@@ -50,16 +52,16 @@ class Oracle:
         """
         question = Question(mathematics(case), offsets)
         if question not in self._answers:
-            self._answers[question] = self._workers.call(question, seconds=seconds)[0]
+            self._answers[question] = self._workers.call(question, unpack_trusted, seconds=seconds)[0]
         return self._answers[question]
 
     def run(self, job: Job, *, seconds: float) -> list[RankAnswer]:
         """Run a JAX implementation; its answers come as from ranks."""
-        return self._workers.call(job, seconds=seconds)[0]
+        return self._workers.call(job, unpack_answers, seconds=seconds)[0]
 
     def layout(self, question: LayoutQuestion) -> Layouts:
         """Which part of each parameter each rank ought to hold."""
-        return self._workers.call(question, seconds=_LAYOUT_SECONDS)[0]
+        return self._workers.call(question, unpack_trusted, seconds=_LAYOUT_SECONDS)[0]
 
     def close(self) -> None:
         """End the process for good."""
@@ -86,12 +88,15 @@ def jax_main(seat: Seat) -> None:
     jax.config.update("jax_compilation_cache_dir", str(seat.options["cache"] / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    serve(seat, lambda asked: _answer(asked, seat.options["model"]))
+    serve(seat, lambda asked: _packed(asked, seat.options["model"]))
+
+
+def _packed(asked: Any, model: Path | None) -> Packed:
+    """What implementations give crosses field by field, as from ranks; what the oracle says is trusted."""
+    return pack_answers(_run(asked, model)) if isinstance(asked, Job) else pack_trusted(_answer(asked, model))
 
 
 def _answer(asked: Any, model: Path | None) -> Any:
-    if isinstance(asked, Job):
-        return _run(asked, model)
     if isinstance(asked, LayoutQuestion):
         from parity.oracle.layout import predict_layout  # noqa: PLC0415 - each question loads what it needs
 
@@ -125,7 +130,7 @@ def _run(job: Job, model: Path | None) -> list[RankAnswer]:
 
     start = time.monotonic()
     implementation = resolve(job.implementation)
-    refused = implementation.refuses(job.case)
+    refused = why_refused(implementation, job.case)
     if refused:
         return [RankAnswer([], time.monotonic() - start, refused)]
     if job.case.task == "refuse":

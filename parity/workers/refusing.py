@@ -5,6 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from parity.case import Case
+from parity.printable import printable
+
+
+def why_refused(implementation: Any, case: Case) -> str:
+    """Why an implementation does not take a case, fit to be shown; empty where it takes it.
+
+    Raises:
+        TypeError: the reason is no text.
+    """
+    reason = implementation.refuses(case)
+    if reason is not None and not isinstance(reason, str):
+        raise TypeError(f"refuses gave a {type(reason).__name__}, wanted a reason or None")
+    return printable(str(reason or ""))
 
 
 def what_is_said(implementation: Any, case: Case) -> str:
@@ -17,5 +30,5 @@ def what_is_said(implementation: Any, case: Case) -> str:
     try:
         implementation.meet(case, bad=True)
     except Exception as error:  # noqa: BLE001 - any class may be a refusal; the words decide
-        return f"{type(error).__name__}: {error}"
+        return printable(f"{type(error).__name__}: {error}")
     return ""

@@ -8,12 +8,16 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+from parity.errors import NoAnswer
 from parity.job import Job, Place, RankAnswer, declared
+from parity.workers.answers import bounded, pack_answers, unpack_answers
 from parity.workers.child import life, serve
+from parity.workers.folders import own_folder
 from parity.workers.group import Seat, Workers, kill_fork_server
-from parity.workers.refusing import what_is_said
+from parity.workers.memory import rank_memory
+from parity.workers.refusing import what_is_said, why_refused
 
 _PRELOADED = (
     "torch",
@@ -42,7 +46,8 @@ class Pools:
     """One pool a world size. Use as a context manager: leaving it leaves no process behind."""
 
     def __init__(self, *, device: str = "cpu", model: Path | None = None) -> None:
-        os.environ.update(ENVIRONMENT)
+        self._folder = own_folder()
+        os.environ.update(ENVIRONMENT | {"TORCHINDUCTOR_CACHE_DIR": self._folder.name})  # it makes one when it loads
         self._context = multiprocessing.get_context("forkserver")
         network = ("transformers.models.llama.modeling_llama",) if model else ()
         self._context.set_forkserver_preload([*_PRELOADED, *network])
@@ -55,8 +60,9 @@ class Pools:
     def __exit__(self, *exception: object) -> None:
         for pool in self._pools.values():
             pool.close()
-        if exception and exception[0] is KeyboardInterrupt:
+        if exception and isinstance(exception[0], type) and issubclass(exception[0], KeyboardInterrupt):
             kill_fork_server()
+        self._folder.cleanup()
 
     def run(self, job: Job, *, seconds: float) -> list[RankAnswer]:
         """Run a job on every rank of its world.
@@ -66,8 +72,24 @@ class Pools:
         """
         world = job.case.world
         if world not in self._pools:
-            self._pools[world] = Workers(rank_main, world, context=self._context, options=self._options)
-        return self._pools[world].call(job, seconds=seconds)
+            self._pools[world] = self._pool(world)
+        return [answer for (answer,) in self._pools[world].call(job, _one_answer, seconds=seconds)]
+
+    def _pool(self, world: int) -> Workers:
+        memory = rank_memory(world) if self._options["device"] == "cpu" else None  # CUDA maps its own into the process
+        return Workers(rank_main, world, context=self._context, options=self._options, memory=memory)
+
+
+def _one_answer(header: Any, body: bytearray, rank: int) -> list[RankAnswer]:
+    """A rank speaks for itself alone.
+
+    Raises:
+        NoAnswer: what came is something else.
+    """
+    answers = unpack_answers(header, body, rank)
+    if len(answers) != 1:
+        raise NoAnswer(f"it gave {len(answers)} answers")
+    return answers
 
 
 @life
@@ -87,19 +109,20 @@ def rank_main(seat: Seat) -> None:
         timeout=dt.timedelta(seconds=_COLLECTIVE_SECONDS),
     )
     place = Place(seat.rank, seat.world, device, seat.options["model"])
-    serve(seat, lambda job: _run(job, place))
+    most_bytes = (seat.memory or rank_memory(seat.world)) // 2
+    serve(seat, lambda job: pack_answers([_run(job, place, most_bytes)]))
 
 
-def _run(job: Job, place: Place) -> RankAnswer:
+def _run(job: Job, place: Place, most_bytes: int) -> RankAnswer:
     from parity.implementations.registry import resolve  # noqa: PLC0415 - loads what the subject needs, here
 
     start = time.monotonic()
     implementation = resolve(job.implementation)
-    refused = implementation.refuses(job.case)
+    refused = why_refused(implementation, job.case)
     if refused:
         return RankAnswer([], time.monotonic() - start, refused)
     if job.case.task == "refuse":
         return RankAnswer([], time.monotonic() - start, said=what_is_said(implementation, job.case))
     place = dataclasses.replace(place, folder=job.folder)
-    shards = [dataclasses.replace(shard, rank=place.rank) for shard in implementation.run(job.case, place)]
+    shards = bounded(implementation.run(job.case, place), most_bytes)
     return RankAnswer(shards, time.monotonic() - start, **declared(implementation))

@@ -11,6 +11,8 @@ import psutil
 import pytest
 from commands import COMMAND
 
+from parity.workers.folders import sweep_leftovers
+
 pytestmark = pytest.mark.distributed
 
 KEEP = "fsdp2-w2/thin and plain and (one-hot and float32-float32 or lattice and nf4)"
@@ -53,14 +55,23 @@ def offspring(run):
 
 
 @pytest.fixture
-def start(environment, tmp_path):
+def temporary(tmp_path):
+    """Where a command's temporary folders lie."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def start(environment, tmp_path, temporary):
     """Start a command in a session of its own, as a terminal's foreground job; whatever is left is killed."""
     started = []
+    variables = environment | {"TMPDIR": str(temporary)}
 
     def begin(*arguments):
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
         run = subprocess.Popen(  # noqa: S603 - our own command
-            [COMMAND, *map(str, arguments)], cwd=tmp_path, env=environment, start_new_session=True, **pipes
+            [COMMAND, *map(str, arguments)], cwd=tmp_path, env=variables, start_new_session=True, **pipes
         )
         started.append(run)
         return run
@@ -91,20 +102,82 @@ def test_ranks_end_with_a_killed_parent(hanging):
     assert left_over(family) == []
 
 
-def test_an_interrupted_run_ends_everything(hanging, tmp_path):
-    """Ctrl-C amid a hanging case: status 130, one line, no process left, and what was found kept as incomplete."""
+SIGNALS = [
+    pytest.param(signal.SIGINT, (130, "interrupted"), id="Ctrl-C"),
+    pytest.param(signal.SIGTERM, (143, "terminated"), id="SIGTERM"),
+]
+
+
+@pytest.mark.parametrize(("number", "ending"), SIGNALS)
+def test_an_interrupted_run_ends_everything(hanging, tmp_path, temporary, number, ending):
+    """Ctrl-C or SIGTERM amid a hanging case: a status of its own, one line, nothing left, what was found kept."""
     run, family = hanging
 
-    os.killpg(run.pid, signal.SIGINT)
+    os.killpg(run.pid, number)
     _, said = run.communicate(timeout=END_SECONDS)
 
     kept = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert run.returncode == 130
-    assert said == "dora-parity: interrupted; every rank has been ended\n"
+    assert (run.returncode, said) == (ending[0], f"dora-parity: {ending[1]}; every rank has been ended\n")
     assert left_over(family) == []
     assert kept["complete"] is False
     assert [case["status"] for case in kept["cases"]] == ["passed"]
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".json") == ["results.json"]
+    assert list(temporary.iterdir()) == []
+
+
+def test_two_signals_are_as_one(hanging, temporary):
+    """A second SIGTERM does not stop what the first one tidies up."""
+    run, family = hanging
+
+    run.terminate()
+    time.sleep(0.1)
+    run.terminate()
+    run.communicate(timeout=END_SECONDS)
+
+    assert run.returncode == 143
+    assert left_over(family) == []
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_what_ranks_started_ends_with_the_run(start, number):
+    """A program that a rank left behind in a session of its own ends with the run, however that ends."""
+    run = start("run", "-k", f"{KEEP} and one-hot", "--impl", "weird:StartsDaemonAndSleeps")
+    wait_for(lambda: sum(process.name() == "sleep" for process in offspring(run)) == 2, "a program of each rank")
+    family = offspring(run)
+
+    run.send_signal(number)
+
+    assert left_over(family) == []
+
+
+def test_a_whole_run_leaves_nothing(start, temporary):
+    """Programs that ranks left behind are gone when the command is, and so are its folders; the judge alone speaks."""
+    run = start("run", "-k", f"{KEEP} and one-hot", "--impl", "weird:StartsDaemon", "--impl", "weird:PrintsVerdict")
+    wait_for(lambda: any(process.name() == "sleep" for process in offspring(run)), "a program of a rank")
+    family = offspring(run)
+    heard, _ = run.communicate(timeout=START_SECONDS)
+
+    assert left_over(family) == []
+    assert list(temporary.iterdir()) == []
+    assert heard.count("HOLDS") == 1
+
+
+def test_the_next_run_sweeps_what_a_killed_one_left(temporary, monkeypatch):
+    """A folder whose owner is dead goes; those of the living, and whatever bears another name, stay."""
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    dead = subprocess.Popen(["true"])  # noqa: S607 - any program will do
+    dead.wait()
+    stay = [f"dora-parity-{os.getpid()}-abc", "dora-parity-1-abc", "dora-parity-abc", f"other-{dead.pid}-abc"]
+    for name in (*stay, f"dora-parity-{dead.pid}-abc"):
+        (temporary / name / "inner").mkdir(parents=True)
+    (temporary / f"dora-parity-{dead.pid}-file").touch()
+    (temporary / f"dora-parity-{dead.pid}-link").symlink_to(temporary / stay[0])
+
+    sweep_leftovers()
+
+    left = {path.name for path in temporary.iterdir()}
+    assert left == {*stay, f"dora-parity-{dead.pid}-file", f"dora-parity-{dead.pid}-link"}
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.1, 0.2, 0.5, 1.0, 1.5])

@@ -52,7 +52,7 @@ def outcome(pipeline):
 
 CRASHES = {
     "Killed": ["rank 1 of 2", "SIGKILL"],
-    "Exits": ["rank 1 of 2", "with status 7"],
+    "Exits": ["rank 1 raised SystemExit: 7 (fakes.py:"],
     "Hung": ["no answer within 2 s", "rank 1 at", "fakes.py", "misbehave"],
     "Raises": ["rank 1 raised ValueError: the drawn card was red (fakes.py:"],
     "OpenIndex": ["rank 1 raised", "layers.0.magnitude"],
