@@ -7,6 +7,7 @@ from typing import Literal
 from parity.case import Case
 from parity.cases.algebra import algebra_cases
 from parity.cases.codec import codec_cases
+from parity.cases.covering import covering_cases
 from parity.cases.files import file_cases
 from parity.cases.pretrained import pretrained_cases
 from parity.cases.stacks import stack_cases
@@ -30,6 +31,8 @@ def cases_of(tier: Tier) -> list[Case]:
         *file_cases(),
         *pretrained_cases(tier),
     ]
+    known = {case.id for case in cases}
+    cases += [case for case in covering_cases() if case.id not in known]  # plain rows stand above already
     return sorted(
         cases, key=lambda case: (case.model == "pretrained", case.blocks, case.proof != "one-hot", case.world)
     )

@@ -8,6 +8,7 @@ judges, says that it is right.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -80,9 +81,10 @@ def from_twin(case: Case, twin: list[Shard]) -> Expectations:
     if missed:
         step, kind, name = missed[0]
         raise CaseFailed(f"unsharded, it gives no {kind} of {name} at step {step}; {len(missed)} tensors are missing")
+    wholes = assembled(twin)
     expectations = {
         shard.key: Expected(
-            value=shard.array,
+            value=wholes[shard.key],
             mode="bits" if is_frozen(shard) else "bitwise",
             against="twin",
             clauses=clauses_of(case, shard.key, "twin"),
@@ -94,6 +96,20 @@ def from_twin(case: Case, twin: list[Shard]) -> Expectations:
         and not (shard.kind == "gradient" and is_frozen(shard))  # `frozen_gradients` refuses it wherever it comes from
     }
     return _without_repeats(case, expectations)
+
+
+def assembled(shards: Iterable[Shard]) -> dict[Key, np.ndarray]:
+    """Each tensor put together from its parts, of ranks or of forwards; a part that does not fit is left out."""
+    wholes: dict[Key, np.ndarray] = {}
+    for shard in shards:
+        whole = wholes.setdefault(shard.key, np.zeros(shard.global_shape, shard.array.dtype))
+        try:
+            part = shard.part_of(whole)
+        except IndexError:
+            continue
+        if part.shape == shard.array.shape and part.dtype == shard.array.dtype:
+            part[...] = shard.array
+    return wholes
 
 
 def from_itself(case: Case, shards: list[Shard]) -> Expectations:

@@ -6,13 +6,13 @@ the optimizer has the rates, the groups and the number of steps that the case de
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
 from parity.case import Case
 from parity.checks.clauses import clauses_of
-from parity.checks.expectation import is_frozen
+from parity.checks.expectation import assembled, is_frozen
 from parity.checks.shard_check import Check, Expected, check_shard, failure
 from parity.oracle.prediction import Key
 from parity.shard import Shard
@@ -28,26 +28,13 @@ def unchanged(case: Case, shards: list[Shard]) -> list[Check]:
 
 def _frozen(case: Case, shards: list[Shard]) -> Iterator[Check]:
     parameters = [shard for shard in shards if shard.kind == "parameter" and is_frozen(shard)]
-    wholes = _assembled(shard for shard in parameters if shard.step == 0)
+    wholes = assembled(shard for shard in parameters if shard.step == 0)
     for shard in parameters:
-        if shard.step and shard.name in wholes:
-            yield check_shard(shard, _itself(case, shard.key, wholes[shard.name]))
+        before = wholes.get((0, "parameter", shard.name))
+        if shard.step and before is not None:
+            yield check_shard(shard, _itself(case, shard.key, before))
         elif shard.step:
             yield failure(shard.key, shard.rank, "it was not there before the first step", against="itself")
-
-
-def _assembled(shards: Iterable[Shard]) -> dict[str, np.ndarray]:
-    """Each tensor put together from the ranks' parts; a part that does not fit is reported where it is checked."""
-    wholes: dict[str, np.ndarray] = {}
-    for shard in shards:
-        whole = wholes.setdefault(shard.name, np.zeros(shard.global_shape, shard.array.dtype))
-        try:
-            part = shard.part_of(whole)
-        except IndexError:
-            continue
-        if part.shape == shard.array.shape and part.dtype == shard.array.dtype:
-            part[...] = shard.array
-    return wholes
 
 
 def _digests(case: Case, shards: list[Shard]) -> Iterator[Check]:

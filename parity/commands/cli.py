@@ -46,9 +46,18 @@ def run(options: Annotated[RunOptions, tyro.conf.arg(name="")]) -> int:
 
 
 @app.command(name="list")
-def list_cases(selection: Annotated[Selection, tyro.conf.arg(name="")]) -> int:
-    """List the cases that `run` would run, one a line, with their clauses."""
+def list_cases(
+    selection: Annotated[Selection, tyro.conf.arg(name="")],
+    matrix: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+) -> int:
+    """List the cases that `run` would run, one a line, with their clauses; --matrix: what is combined with what."""
     from parity.commands.choose import choose  # noqa: PLC0415
+
+    if matrix:
+        from parity.report.matrix import show_matrix  # noqa: PLC0415
+
+        show_matrix(Console())
+        return HOLDS
 
     cases = choose(selection)
     for case in cases:
