@@ -15,6 +15,7 @@ ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE))
 
 import warm
+from chart import Chart
 from copies import Copy
 from operators import Mutant, mutants_of
 from report import Report, read_equivalents
@@ -27,12 +28,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=400, help="how many mutants to try, 0 for all (default: 400)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no mutant after so many seconds")
     parser.add_argument("--seed", type=int, default=0, help="changes the sample")
-    parser.add_argument("--file", action="append", default=[], help="only files whose path contains this")
+    parser.add_argument("--file", action="append", default=[], metavar="PART", help="only files with this in the path")
     parser.add_argument("--changed", metavar="REV", help="first the lines that REV has not; only these decide")
     parser.add_argument("--resume", action="store_true", help="go on where the results file ends")
     parser.add_argument("--survivors", action="store_true", help="try the results file's survivors again, only these")
     parser.add_argument("--tests-first", action="store_true", help="run tests before cases")
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "mutation.jsonl", help="one line a mutant")
+    parser.add_argument("--map", type=Path, default=ROOT / "results" / "mutation-map.jsonl", help="which test runs what")
     return parser.parse_args()
 
 
@@ -78,7 +80,7 @@ def _outcomes(chosen: list[Mutant], known: dict, steps: dict, options: argparse.
     outcomes = [known[mutant.key] for mutant in chosen if mutant.key in known]
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         warm.load()
-        trials = Trials(Copy(ROOT, Path(folder) / "copy"), steps, tests_first=options.tests_first)
+        trials = Trials(Copy(ROOT, Path(folder) / "copy"), steps, Chart(options.map), options.tests_first)
         for mutant in chosen:
             if time.monotonic() - began > options.seconds:
                 break

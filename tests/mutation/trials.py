@@ -1,8 +1,9 @@
 """What is run against a mutant, and what came of it.
 
 `plan.toml` says for each source file which cases and which tests cover it. They run in this order until one of them
-fails: the mutant is killed then. Each first has to pass, once, where nothing is wrong; that also says how long it may
-take before it counts as hung, which kills too.
+fails: the mutant is killed then. Where there is a map, of the tests only those that run the line are taken, quickest
+first. Each step first has to pass, once, where nothing is wrong; that also says how long it may take before it counts
+as hung, which kills too.
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import warm
+from chart import Chart
 from copies import Copy
 from operators import Mutant
 
@@ -30,15 +32,21 @@ class PlanFailsError(RuntimeError):
 class Step:
     """One command that may kill a mutant."""
 
-    kind: Literal["case", "test"]
-    arguments: str
+    kind: Literal["case", "test", "ranks"]
+    """`ranks` are tests too, whose work is done in other processes: no map knows what they run."""
+    arguments: tuple[str, ...]
 
     @property
     def command(self) -> list[str]:
         """As `warm.run` takes it."""
-        if self.kind == "test":
-            return ["pytest", *shlex.split(self.arguments)]
-        return ["parity", "run", "--fail-fast", "-k", self.arguments]
+        if self.kind == "case":
+            return ["parity", "run", "--fail-fast", "-k", *self.arguments]
+        return ["pytest", *self.arguments]
+
+    def narrowed(self, chart: Chart, mutant: Mutant) -> "Step":
+        """Only the tests that run the mutant's line; all where the map knows none, as of lines outside of functions."""
+        tests = chart.tests(mutant.file, mutant.line, among=set(self.arguments)) if self.kind == "test" else []
+        return Step(self.kind, tuple(tests)) if tests else self
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Outcome:
     killed_by: str
     """`case`, `test` or `time`; empty where it survives."""
     step: str
-    """The arguments of the step that killed it."""
+    """The command that killed it, cut short where it is long."""
     seconds: float
 
     @property
@@ -68,10 +76,11 @@ def plan(path: Path) -> dict[str, list[Step]]:
     """The steps of every source file."""
     steps: dict[str, list[Step]] = {}
     for group in tomllib.loads(path.read_text(encoding="utf-8"))["group"]:
-        cases = [Step("case", expression) for expression in group.get("cases", ())]
-        tests = [Step("test", arguments) for arguments in group.get("tests", ())]
+        cases = [Step("case", (expression,)) for expression in group.get("cases", ())]
+        tests = [Step("test", tuple(group["tests"]))] if "tests" in group else []
+        ranks = [Step("ranks", tuple(shlex.split(arguments))) for arguments in group.get("ranks", ())]
         for file in group["files"]:
-            steps[file] = [*steps.get(file, ()), *cases, *tests]
+            steps[file] = [*steps.get(file, ()), *cases, *tests, *ranks]
     return steps
 
 
@@ -81,43 +90,46 @@ class Trials:
 
     copy: Copy
     steps: dict[str, list[Step]]
+    chart: Chart
     tests_first: bool = False
     _seconds: dict[Step, float] = field(default_factory=dict)
 
     def try_mutant(self, mutant: Mutant) -> Outcome:
-        """Run what covers its file until it is killed.
+        """Run what covers its line until it is killed.
 
         Raises:
             PlanFailsError: a step does not pass without the mutant.
         """
         spent = 0.0
-        for step in self._ordered(mutant.file):
+        for whole in self._ordered(mutant.file):
+            step = whole.narrowed(self.chart, mutant)
             limit = _SLOWER * self._seconds_without(step) + _EXTRA_SECONDS
             with self.copy.with_mutant(mutant):
                 ending = warm.run(step.command, folder=self.copy.folder, seconds=limit, compile_files=False)
             spent += ending.seconds
             if ending.code != 0:
-                killed_by = "time" if ending.code is None else step.kind
-                return _outcome(mutant, killed_by=killed_by, step=step.arguments, seconds=spent)
-        return _outcome(mutant, killed_by="", step="", seconds=spent)
+                killed_by = "time" if ending.code is None else "case" if step.kind == "case" else "test"
+                return _outcome(mutant, killed_by=killed_by, step=step, seconds=spent)
+        return _outcome(mutant, killed_by="", step=None, seconds=spent)
 
     def _ordered(self, file: str) -> list[Step]:
-        steps = self.steps[file]
-        return sorted(steps, key=lambda step: step.kind, reverse=True) if self.tests_first else steps
+        kinds = ("test", "case", "ranks") if self.tests_first else ("case", "test", "ranks")
+        return sorted(self.steps[file], key=lambda step: kinds.index(step.kind))
 
     def _seconds_without(self, step: Step) -> float:
         """How long the step takes where nothing is wrong."""
         if step not in self._seconds:
             ending = warm.run(step.command, folder=self.copy.folder, seconds=600.0, compile_files=True)
             if ending.code != 0:
-                raise PlanFailsError(f"{step.kind} {step.arguments!r} ends with {ending.code}:\n{ending.said}")
+                raise PlanFailsError(f"{' '.join(step.command)[:200]} ends with {ending.code}:\n{ending.said}")
             self._seconds[step] = ending.seconds
         return self._seconds[step]
 
 
-def _outcome(mutant: Mutant, *, killed_by: str, step: str, seconds: float) -> Outcome:
+def _outcome(mutant: Mutant, *, killed_by: str, step: Step | None, seconds: float) -> Outcome:
     same = {name: getattr(mutant, name) for name in ("file", "line", "kind", "text", "before", "after", "nth")}
-    return Outcome(**same, killed_by=killed_by, step=step, seconds=round(seconds, 2))
+    command = " ".join(step.command)[:120] if step else ""
+    return Outcome(**same, killed_by=killed_by, step=command, seconds=round(seconds, 2))
 
 
 def read_outcomes(path: Path) -> Iterator[Outcome]:

@@ -1,10 +1,13 @@
 """Runs a test or a case in a fork of a process that has loaded torch and JAX already, and nothing of the project.
 
-Neither framework has computed anything here, so a fork is sound; what the child loads of the project is the copy's.
+Neither framework has computed anything here, so a fork is sound; what the child loads of the project is the copy's. The
+processes that the child starts by `multiprocessing` are forks of this one too; only commands start afresh.
 """
 
 import contextlib
 import importlib
+import multiprocessing.context
+import multiprocessing.util
 import os
 import runpy
 import signal
@@ -13,6 +16,7 @@ import time
 import traceback
 import warnings
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import NoReturn
 
@@ -110,7 +114,7 @@ def _live(command: list[str], folder: Path, log: Path, *, compile_files: bool) -
         sys.dont_write_bytecode = not compile_files
         if not compile_files:
             os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _start_fork_server()
         code = _pytest(command[1:]) if command[0] == "pytest" else _parity(command[1:])
     except SystemExit as ending:
         code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
@@ -127,6 +131,34 @@ def _speak_into(log: Path) -> None:
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+
+def _start_fork_server() -> None:
+    """Have ready what ranks are forked from: a fork of this process, in place of a new interpreter."""
+    resource_tracker.ensure_running()
+    new_interpreter = multiprocessing.util.spawnv_passfds
+    multiprocessing.util.spawnv_passfds = _forked
+    try:
+        forkserver.ensure_running()
+    finally:
+        multiprocessing.util.spawnv_passfds = new_interpreter
+    server = multiprocessing.context.ForkServerProcess
+    multiprocessing.context.SpawnProcess._Popen = staticmethod(server._Popen)
+
+
+def _forked(_: object, arguments: list[str | bytes], descriptors: list[int]) -> int:
+    """What `spawnv_passfds` does, without a new interpreter: the code is the last argument."""
+    pid = os.fork()
+    if pid:
+        return pid
+    with contextlib.suppress(BaseException):
+        kept = {0, 1, 2, *descriptors}
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) not in kept:
+                with contextlib.suppress(OSError):  # the one that listed them
+                    os.close(int(name))
+        exec(arguments[-1], {})  # noqa: S102 - multiprocessing's own code
+    os._exit(0)
 
 
 def _pytest(arguments: list[str]) -> int:
