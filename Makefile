@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RESULTS ?= results
 ARGS ?=
 
-.PHONY: parity full mutants test format check unit clean
+.PHONY: parity full mutants mutation mutation-map test format check unit clean
 
 parity: $(VENV)/installed  ## the quick tier: verdict on the terminal, results in results/quick.json
 	$(BIN)/dora-parity run --tier quick --json $(RESULTS)/quick.json $(ARGS)
@@ -16,6 +16,16 @@ full: $(VENV)/installed  ## every shape, world 8, and all blocks of the pretrain
 
 mutants: $(VENV)/installed  ## every known bug, planted; each must be found
 	$(BIN)/dora-parity mutants
+
+mutation: $(VENV)/installed  ## generic mutants of torch_impl and ref; ARGS='--help' says what can be chosen
+	$(BIN)/python tests/mutation $(ARGS)
+
+mutation-map: $(VENV)/installed  ## which test runs which line, for `make mutation` to choose by; some ten minutes
+	mkdir -p $(RESULTS)
+	rm -f $(RESULTS)/mutation-map.jsonl
+	CI=1 OMP_NUM_THREADS=1 MUTATION_MAP=$(RESULTS)/mutation-map.jsonl PYTHONPATH=tests/mutation \
+		$(BIN)/python -m pytest -q -p tracing -m 'not slow and not distributed' \
+		$$($(BIN)/python tests/mutation --list-tests) $(ARGS)
 
 test: check unit
 

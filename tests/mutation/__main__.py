@@ -10,10 +10,6 @@ import tempfile
 import time
 from pathlib import Path
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-sys.path.insert(0, str(HERE))
-
 import warm
 from chart import Chart
 from copies import Copy
@@ -21,6 +17,9 @@ from operators import Mutant, mutants_of
 from report import Report, read_equivalents
 from sampling import Lines, changed_lines, in_order
 from trials import Outcome, PlanFailsError, Trials, append_outcome, plan, read_outcomes
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 
 
 def _arguments() -> argparse.Namespace:
@@ -34,7 +33,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--survivors", action="store_true", help="try the results file's survivors again, only these")
     parser.add_argument("--tests-first", action="store_true", help="run tests before cases")
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "mutation.jsonl", help="one line a mutant")
-    parser.add_argument("--map", type=Path, default=ROOT / "results" / "mutation-map.jsonl", help="which test runs what")
+    parser.add_argument(
+        "--map", type=Path, default=ROOT / "results" / "mutation-map.jsonl", help="which test runs what"
+    )
+    parser.add_argument("--list-tests", action="store_true", help="only print the test files that the map is made of")
     return parser.parse_args()
 
 
@@ -42,20 +44,30 @@ def main() -> int:
     """Try mutants and report."""
     options = _arguments()
     steps = plan(HERE / "plan.toml")
+    if options.list_tests:
+        _show(
+            " ".join(
+                sorted(
+                    {test for own in steps.values() for step in own if step.kind == "test" for test in step.arguments}
+                )
+            )
+        )
+        return 0
     files = [file for file in steps if not options.file or any(part in file for part in options.file)]
     mutants = [mutant for file in files for mutant in mutants_of(file, (ROOT / file).read_bytes())]
     changed = _changed(options.changed) if options.changed else None
     chosen = in_order(mutants, seed=options.seed, changed=changed or {})[: options.count or None]
     known = {outcome.key: outcome for outcome in read_outcomes(options.results)}
     if options.survivors:
-        chosen = [mutant for mutant in mutants if mutant.key in known and not known[mutant.key].killed_by]
+        chosen = [mutant for mutant in mutants if mutant.key in known]
+        known = {key: outcome for key, outcome in known.items() if outcome.killed_by}
     elif options.resume:
         _show(f"{sum(mutant.key in known for mutant in chosen)} of {len(chosen)} are known already")
     else:
         options.results.unlink(missing_ok=True)
-    kept = known if options.resume and not options.survivors else {}
+        known = {}
     try:
-        outcomes = tuple(_outcomes(chosen, kept, steps, options))
+        outcomes = tuple(_outcomes(chosen, known, steps, options))
     except PlanFailsError as error:
         _show(f"nothing can be said of mutants: {error}")
         return 2

@@ -1,7 +1,9 @@
 """Which tests run a line, quickest first: read from what `tracing.py` wrote."""
 
+import itertools
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -18,7 +20,17 @@ class Chart:
                 for number in numbers:
                     self._tests[file, number].add(entry["test"])
 
-    def tests(self, file: str, line: int, *, among: set[str]) -> list[str]:
-        """Tests of the test files `among` that run the line, quickest first."""
+    def tests(self, file: str, line: int, *, among: set[str], seconds: float) -> list[str]:
+        """Tests of the test files `among` that run the line, quickest first, for about so many seconds."""
         tests = [test for test in self._tests.get((file, line), ()) if test.partition("::")[0] in among]
-        return sorted(tests, key=lambda test: (self._seconds[test], test))
+        tests.sort(key=lambda test: (self._seconds[test], test))
+        spent = itertools.accumulate(self._seconds[test] for test in tests)
+        return [test for test, so_far in zip(tests, spent, strict=True) if so_far <= seconds] or tests[:1]
+
+    def knows(self, tests: Iterable[str]) -> bool:
+        """Whether all of them were watched."""
+        return all(test in self._seconds for test in tests)
+
+    def seconds(self, tests: Iterable[str]) -> float:
+        """How long they took together."""
+        return sum(self._seconds[test] for test in tests)

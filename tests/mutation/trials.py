@@ -22,6 +22,8 @@ from operators import Mutant
 _SLOWER = 4.0
 """How many times its own time a step may take, since a machine that others use is not always as fast."""
 _EXTRA_SECONDS = 20.0
+_TESTS_SECONDS = 20.0
+"""How long the tests of one line may take together: of more, the quickest are taken."""
 
 
 class PlanFailsError(RuntimeError):
@@ -41,11 +43,14 @@ class Step:
         """As `warm.run` takes it."""
         if self.kind == "case":
             return ["parity", "run", "--fail-fast", "-k", *self.arguments]
-        return ["pytest", *self.arguments]
+        marks = "not slow and not distributed" if self.kind == "test" else "not slow"
+        return ["pytest", "-m", marks, *self.arguments]
 
     def narrowed(self, chart: Chart, mutant: Mutant) -> "Step":
         """Only the tests that run the mutant's line; all where the map knows none, as of lines outside of functions."""
-        tests = chart.tests(mutant.file, mutant.line, among=set(self.arguments)) if self.kind == "test" else []
+        if self.kind != "test":
+            return self
+        tests = chart.tests(mutant.file, mutant.line, among=set(self.arguments), seconds=_TESTS_SECONDS)
         return Step(self.kind, tuple(tests)) if tests else self
 
 
@@ -117,7 +122,9 @@ class Trials:
         return sorted(self.steps[file], key=lambda step: kinds.index(step.kind))
 
     def _seconds_without(self, step: Step) -> float:
-        """How long the step takes where nothing is wrong."""
+        """How long the step takes where nothing is wrong; the tests of a map have passed when it was made."""
+        if self.chart.knows(step.arguments):
+            return self.chart.seconds(step.arguments)
         if step not in self._seconds:
             ending = warm.run(step.command, folder=self.copy.folder, seconds=600.0, compile_files=True)
             if ending.code != 0:

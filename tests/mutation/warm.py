@@ -37,6 +37,7 @@ _ENVIRONMENT = {
 }
 _PYTEST = ("-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
 _POLL_SECONDS = 0.02
+_DESCRIPTORS = 1024
 
 
 @dataclass(frozen=True)
@@ -152,11 +153,9 @@ def _forked(_: object, arguments: list[str | bytes], descriptors: list[int]) -> 
     if pid:
         return pid
     with contextlib.suppress(BaseException):
-        kept = {0, 1, 2, *descriptors}
-        for name in os.listdir("/proc/self/fd"):
-            if int(name) not in kept:
-                with contextlib.suppress(OSError):  # the one that listed them
-                    os.close(int(name))
+        for number in set(range(3, _DESCRIPTORS)) - set(descriptors):
+            with contextlib.suppress(OSError):  # most are not open
+                os.close(number)
         exec(arguments[-1], {})  # noqa: S102 - multiprocessing's own code
     os._exit(0)
 
