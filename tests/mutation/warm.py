@@ -6,6 +6,7 @@ processes that the child starts by `multiprocessing` are forks of this one too; 
 
 import contextlib
 import importlib
+import itertools
 import multiprocessing.context
 import multiprocessing.util
 import os
@@ -36,7 +37,8 @@ _ENVIRONMENT = {
     "HYPOTHESIS_PROFILE": "ci",
 }
 _PYTEST = ("-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
-_POLL_SECONDS = 0.02
+_POLL_SECONDS = 0.05
+_LOOKS = 10  # polls between two looks at which processes there are
 _DESCRIPTORS = 1024
 
 
@@ -81,18 +83,21 @@ def run(command: list[str], *, folder: Path, seconds: float, compile_files: bool
 def _wait(child: int, deadline: float) -> int | None:
     """The child's status once it has ended, or None; no process that it started is left."""
     family: set[psutil.Process] = set()
-    while True:
+    for poll in itertools.count():
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             _end(family, child)
             return os.waitstatus_to_exitcode(status)
-        with contextlib.suppress(psutil.Error):
-            family.update(psutil.Process(child).children(recursive=True))
-        if time.monotonic() > deadline:
+        late = time.monotonic() > deadline
+        if late or poll % _LOOKS == 0:
+            with contextlib.suppress(psutil.Error):
+                family.update(psutil.Process(child).children(recursive=True))
+        if late:
             _end(family, child)
             os.waitpid(child, 0)
             return None
         time.sleep(_POLL_SECONDS)
+    return None
 
 
 def _end(family: set[psutil.Process], child: int) -> None:
