@@ -81,23 +81,23 @@ def run(command: list[str], *, folder: Path, seconds: float, compile_files: bool
 
 
 def _wait(child: int, deadline: float) -> int | None:
-    """The child's status once it has ended, or None; no process that it started is left."""
+    """The child's status once it has ended, or None; no process that it started is left, also after an interrupt."""
     family: set[psutil.Process] = set()
-    for poll in itertools.count():
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            _end(family, child)
-            return os.waitstatus_to_exitcode(status)
-        late = time.monotonic() > deadline
-        if late or poll % _LOOKS == 0:
-            with contextlib.suppress(psutil.Error):
-                family.update(psutil.Process(child).children(recursive=True))
-        if late:
-            _end(family, child)
-            os.waitpid(child, 0)
-            return None
-        time.sleep(_POLL_SECONDS)
-    return None
+    try:
+        for poll in itertools.count():
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            late = time.monotonic() > deadline
+            if late or poll % _LOOKS == 0:
+                with contextlib.suppress(psutil.Error):
+                    family.update(psutil.Process(child).children(recursive=True))
+            if late:
+                break
+            time.sleep(_POLL_SECONDS)
+        return None
+    finally:
+        _end(family, child)
 
 
 def _end(family: set[psutil.Process], child: int) -> None:
@@ -106,6 +106,8 @@ def _end(family: set[psutil.Process], child: int) -> None:
     for process in family:
         with contextlib.suppress(psutil.Error):
             process.kill()
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(child, 0)
 
 
 def _live(command: list[str], folder: Path, log: Path, *, compile_files: bool) -> NoReturn:
