@@ -81,4 +81,4 @@ class Map:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Begin the map that $MUTATION_MAP names."""
-    config.pluginmanager.register(Map(Path(os.environ["MUTATION_MAP"]), config.rootpath))
+    config.pluginmanager.register(Map(Path(os.environ["MUTATION_MAP"]).resolve(), config.rootpath))
