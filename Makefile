@@ -11,7 +11,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -q --durations=15
 SHARED := --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
-.PHONY: parity full mutants test test-long format check lint types unit installed clean
+.PHONY: parity full mutants mutation mutation-map test test-long format check lint types unit installed clean
 
 parity: $(VENV)/installed  ## the quick tier: verdict on the terminal, results in results/quick.json
 	$(BIN)/dora-parity run --tier quick --json $(RESULTS)/quick.json $(ARGS)
@@ -21,6 +21,16 @@ full: $(VENV)/installed  ## every shape, world 8, and all blocks of the pretrain
 
 mutants: $(VENV)/installed  ## every known bug, planted; each must be found
 	$(BIN)/dora-parity mutants
+
+mutation: $(VENV)/installed  ## generic mutants of torch_impl and ref; ARGS='--help' says what can be chosen
+	$(BIN)/python tests/mutation $(ARGS)
+
+mutation-map: $(VENV)/installed  ## which test runs which line, for `make mutation` to choose by; some ten minutes
+	mkdir -p $(RESULTS)
+	rm -f $(RESULTS)/mutation-map.jsonl
+	CI=1 OMP_NUM_THREADS=1 MUTATION_MAP=$(RESULTS)/mutation-map.jsonl PYTHONPATH=tests/mutation \
+		$(BIN)/python -m pytest -q -p tracing -m 'not long and not distributed' \
+		$$($(BIN)/python tests/mutation --list-tests) $(ARGS)
 
 test: lint  ## all checks and tests; the types, half a minute, beside the tests
 	@said=$$(mktemp); $(BIN)/basedpyright >"$$said" 2>&1 & types=$$!; \

@@ -10,11 +10,12 @@ import pytest
 import torch
 from onehot import Stack, build
 from ranks import Pools
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from torch_impl import DoraConfig, apply_dora, load_adapter, merge_adapter, save_adapter
-from torch_impl.errors import AdapterFileError, NonFiniteError, OptionError
+from torch_impl.errors import AdapterFileError, NonFiniteError, OptionError, ShardingError
 
 CASE = Stack(sizes=(24, 17, 6), rank=3)
 
@@ -180,3 +181,19 @@ def test_nothing_is_left_half_written(saved: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(AdapterFileError, match="disk full"):
         save_adapter(build(CASE), saved)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+def test_c1_the_file_says_that_it_is_pytorchs(saved: Path) -> None:
+    """The file lacks the metadata without which transformers reads no safetensors."""
+    with safe_open(saved / "adapter_model.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+
+    assert metadata == {"format": "pt"}
+
+
+def test_d10_a_sharded_model_is_not_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards are merged as if they were whole layers."""
+    monkeypatch.setattr("torch_impl.merge.is_sharded", lambda _: True)
+
+    with pytest.raises(ShardingError, match="can't be merged"):
+        merge_adapter(build(CASE))

@@ -185,3 +185,12 @@ def test_fifty_kills_while_saving_leave_fifty_loadable_checkpoints(tmp_path: Pat
         saved = checkpoint.load_(newest, model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad]))
         assert {float(value) for tensor in adapters(model) for value in tensor.unique()} == {float(saved.step)}
         assert json.loads((newest / "state.json").read_text())["step"] == saved.step
+
+
+def test_another_optimizer_is_refused(place: Path) -> None:
+    """A checkpoint of AdamW is loaded into SGD."""
+    model, _ = trained()
+    other = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+    with pytest.raises(CheckpointError, match="was written with AdamW"):
+        checkpoint.load_(place, model, other)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from torch_impl import DoraConfig, DoraError, QuantConfig, ShardConfig
-from torch_impl.errors import DtypeError, RankError, ScalingError, ShardingError, StorageError, TargetError
+from torch_impl.errors import DtypeError, OptionError, RankError, ScalingError, ShardingError, StorageError, TargetError
 
 BAD = {
     "rank-0": (lambda: DoraConfig(rank=0, alpha=1), RankError, "rank 0"),
@@ -18,6 +18,7 @@ BAD = {
     "alpha-nan": (lambda: DoraConfig(rank=1, alpha=math.nan), ScalingError, "alpha nan"),
     "alpha-infinite": (lambda: DoraConfig(rank=1, alpha=math.inf), ScalingError, "alpha inf"),
     "alpha-text": (lambda: DoraConfig(rank=1, alpha="16"), ScalingError, "alpha '16'"),
+    "dropout-1": (lambda: DoraConfig(rank=1, alpha=1, dropout=1.0), OptionError, "dropout 1.0"),
     "no-targets": (lambda: DoraConfig(rank=1, alpha=1, target_modules=[]), TargetError, "empty"),
     "quant-unknown": (lambda: DoraConfig(rank=1, alpha=1, quant="int8"), StorageError, "'int8'"),
     "compute-integer": (lambda: DoraConfig(rank=1, alpha=1, compute_dtype=torch.int8), DtypeError, "torch.int8"),

@@ -199,3 +199,27 @@ def test_a_dtype_that_cannot_be_computed_in_is_refused(quant: str | None) -> Non
     """A float64 model needs a compute dtype, and can't be packed."""
     with pytest.raises(DtypeError, match=r"up\.weight is torch\.float64"):
         apply_dora(Two().double(), DoraConfig(rank=2, alpha=4, quant=quant))
+
+
+def test_q7_packed_weights_that_decode_to_nan_are_refused() -> None:
+    """A weight that bitsandbytes has packed with an absmax of NaN is taken over, or refused for its norm alone."""
+    model = Two()
+    packed = bitsandbytes.nn.Linear4bit(6, 8, quant_type="nf4", compress_statistics=False)
+    packed.weight = bitsandbytes.nn.Params4bit(torch.randn(8, 6), requires_grad=False, compress_statistics=False).to(
+        "cpu"
+    )
+    packed.weight.quant_state.absmax[0] = torch.nan
+    model.up = packed
+
+    with pytest.raises(NonFiniteError, match=r"up\.weight"):
+        apply_dora(model, DoraConfig(rank=2, alpha=4, target_modules=["up"]))
+
+
+def test_q7_a_dense_weight_that_is_not_finite_is_named() -> None:
+    """A dense weight with an infinite number is refused for its norm alone, without its name and index."""
+    model = Two()
+    with torch.no_grad():
+        model.up.weight[2, 3] = torch.inf
+
+    with pytest.raises(NonFiniteError, match=r"up\.weight holds inf at index \(2, 3\)"):
+        apply_dora(model, DoraConfig(rank=2, alpha=4))

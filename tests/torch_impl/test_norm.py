@@ -1,13 +1,14 @@
 """D3, D4, D7, D13: the row norms against float64, at every level of cancellation and every size."""
 
 import math
+from types import SimpleNamespace as Settings
 
 import pytest
 import torch
 from reference import gaussian
 from torch import Tensor
 
-from torch_impl.norm import CONDITION, _factored, ratio, weight_norm
+from torch_impl.norm import CONDITION, _factored, _products_are_narrowed, ratio, weight_norm
 
 U = 2.0**-24  # half an ulp, float32's unit roundoff
 
@@ -160,3 +161,41 @@ def test_d4_a_poisoned_adapter_is_not_hidden_by_a_zero_b() -> None:
     W, A, B = torch.ones(3, 4), torch.full((2, 4), torch.nan), torch.zeros(3, 2)
 
     assert bool(torch.isnan(weight_norm(W, A, B, scaling=1.0)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_d13_a_weight_stored_by_columns_has_the_same_squares(dtype: torch.dtype) -> None:
+    """Where W is a view of an (I, O) tensor, n^2 or the rows that are trusted are others than where it is not."""
+    inputs = gaussian(33, 40, 3)
+    by_rows = inputs.W.to(dtype)
+    by_columns = by_rows.T.contiguous().T
+    squared, trusted = _factored(by_rows, inputs.A, inputs.B, scaling=inputs.scaling)
+
+    got, got_trusted = _factored(by_columns, inputs.A, inputs.B, scaling=inputs.scaling)
+
+    assert torch.equal(got_trusted, torch.ones_like(trusted))
+    assert bool(trusted.all())
+    assert float(((got - squared) / squared).abs().max()) <= allowed(40)
+
+
+def test_d4_a_fresh_adapter_of_more_rows_than_inputs_keeps_tiny_rows() -> None:
+    """At B = 0 and R > I a row of 1e-30, whose square float32 flushes, has the norm 0."""
+    W, A, B = torch.full((1, 3), 1e-30), torch.ones(4, 3), torch.zeros(1, 4)
+
+    got = weight_norm(W, A, B, scaling=1.0)
+
+    assert worst(got, exact_norm(W, A, B, 1.0)) <= allowed(3)
+
+
+@pytest.mark.parametrize(("backend", "narrowed"), [("mkldnn", True), ("cuda", False)])
+def test_d13_only_the_devices_own_setting_narrows_its_products(
+    monkeypatch: pytest.MonkeyPatch, backend: str, *, narrowed: bool
+) -> None:
+    """The norm on a CPU heeds the setting of CUDA's products, or not that of oneDNN's."""
+    settings = {name: "tf32" if name == backend else "ieee" for name in ("mkldnn", "cuda")}
+    devices = {name: Settings(matmul=Settings(fp32_precision=setting)) for name, setting in settings.items()}
+    monkeypatch.setattr(torch, "backends", Settings(**devices))
+
+    got = _products_are_narrowed(torch.device("cpu"))
+
+    assert got is narrowed

@@ -9,10 +9,11 @@ import pytest
 import torch
 from onehot import Stack, build
 from ranks import Pools
+from torch import nn
 
 from torch_impl import optim
 from torch_impl.__main__ import main
-from torch_impl.errors import DoraError, OptionError
+from torch_impl.errors import DoraError, OptionError, TrainingStoppedError
 from torch_impl.options import TrainOptions, from_file
 
 
@@ -122,3 +123,55 @@ def test_usage_is_exit_status_2(words: list[str], capsys: pytest.CaptureFixture[
     """A wrong word is one line on stderr and status 2."""
     assert main(words) == 2
     assert len((capsys.readouterr().err or "usage").splitlines()) == 1
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank, which has nobody to add its numbers to."""
+    monkeypatch.setattr(optim, "reduced", lambda values, **_: tuple(values))
+
+
+def trained_once(bad: float = 1.0) -> nn.Module:
+    """A model with gradients, the first of which is multiplied by `bad`."""
+    model = build(Stack())
+    model(torch.randn(4, 66)).sum().backward()
+    next(p for p in model.parameters() if p.grad is not None).grad.mul_(bad)
+    return model
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("loss", "norm"),
+    [(0.0, 0.0), (math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)],
+    ids=str,
+)
+def test_no_step_is_made_from(loss: float, norm: float) -> None:
+    """A step is made from a loss or a gradient that is not finite, or from neither loss nor gradient."""
+    model = trained_once()
+
+    with pytest.raises(TrainingStoppedError, match="step 3: "):
+        optim.refuse_useless(model, step=3, loss=loss, norm=norm)
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(0.0, 1.0), (1.0, 0.0)], ids=str)
+def test_a_step_is_made_where_only_one_is_zero(loss: float, norm: float) -> None:
+    """A loss of 0 that has a gradient stops the run, or a loss without one (all-zero gradients need not stay so)."""
+    optim.refuse_useless(trained_once(), step=3, loss=loss, norm=norm)
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_parameter_that_is_not_finite_is_named() -> None:
+    """The message names another parameter than the one whose gradient is infinite, or more."""
+    model = trained_once(math.inf)
+    (name, *_) = [name for name, p in model.named_parameters() if p.grad is not None]
+
+    with pytest.raises(TrainingStoppedError) as caught:
+        optim.refuse_useless(model, step=3, loss=1.0, norm=math.inf)
+
+    assert f"not finite: {name};" in str(caught.value)
+
+
+@pytest.mark.parametrize(("count", "text"), [(4, "a, b, c, d"), (6, "a, b, c, d and 2 more")])
+def test_four_names_are_said_and_the_others_counted(count: int, text: str) -> None:
+    """Of four names one is left out, or of six the two others are not counted."""
+    assert optim._some(list("abcdef")[:count]) == text

@@ -83,3 +83,18 @@ def test_offloaded_shards_are_gathered_on_the_device(monkeypatch: pytest.MonkeyP
     sharding._fully_shard(build(Stack()), ShardConfig())
 
     assert meshes == ["cuda", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "names"),
+    [
+        ("fsdp1", {"_flat_param"}),
+        ("fsdp1-orig", {"lora_A", "lora_B", "magnitude"}),
+        ("fsdp2", {"lora_A", "lora_B", "magnitude"}),
+    ],
+)
+def test_s2_only_fsdp1_hides_what_it_flattens(pools: Pools, strategy: str, names: set[str]) -> None:
+    """With original parameters the optimizer is given flat ones, or without them the members."""
+    answers = pools.run(2, "wires:trained_names", strategy=strategy)
+
+    assert answers == [names] * 2

@@ -119,3 +119,10 @@ def _refused(name: str, strategy: str) -> None:
         next(m for m in model.modules() if isinstance(m, DoraLinear)).reset_magnitude()
     elif name == "late-merge":
         merge_adapter(shard_model(build(Stack()), config))
+
+
+def trained_names(*, rank: int, world: int, strategy: str) -> set[str]:
+    """The last words of the names of what trains, as the optimizer's groups may be built by."""
+    del rank, world
+    model = shard_model(build(Stack()), ShardConfig(strategy=strategy))
+    return {name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.requires_grad}

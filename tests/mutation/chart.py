@@ -1,0 +1,36 @@
+"""Which tests run a line, quickest first: read from what `tracing.py` wrote."""
+
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class Chart:
+    """The map; without a file it knows nothing."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._tests: dict[tuple[str, int], set[str]] = defaultdict(set)
+        self._seconds: dict[str, float] = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path and path.exists() else ():
+            entry = json.loads(line)
+            self._seconds[entry["test"]] = entry["seconds"]
+            for file, numbers in entry["lines"].items():
+                for number in numbers:
+                    self._tests[file, number].add(entry["test"])
+
+    def tests(self, file: str, line: int, *, among: set[str], seconds: float) -> list[str]:
+        """Tests of the test files `among` that run the line, quickest first, for about so many seconds."""
+        tests = [test for test in self._tests.get((file, line), ()) if test.partition("::")[0] in among]
+        tests.sort(key=lambda test: (self._seconds[test], test))
+        spent = itertools.accumulate(self._seconds[test] for test in tests)
+        return [test for test, so_far in zip(tests, spent, strict=True) if so_far <= seconds] or tests[:1]
+
+    def knows(self, tests: Iterable[str]) -> bool:
+        """Whether all of them were watched."""
+        return all(test in self._seconds for test in tests)
+
+    def seconds(self, tests: Iterable[str]) -> float:
+        """How long they took together."""
+        return sum(self._seconds[test] for test in tests)
