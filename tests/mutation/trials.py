@@ -43,7 +43,7 @@ class Step:
         """As `warm.run` takes it."""
         if self.kind == "case":
             return ["parity", "run", "--fail-fast", "-k", *self.arguments]
-        marks = "not slow and not distributed" if self.kind == "test" else "not slow"
+        marks = "not long and not distributed" if self.kind == "test" else "not long"
         return ["pytest", "-m", marks, *self.arguments]
 
     def narrowed(self, chart: Chart, mutant: Mutant) -> "Step":

@@ -238,7 +238,7 @@ def test_a_refusal_shows_nothing(run, name):
     assert {(result.status, result.reason) for result in done.cases} == {("skipped", REFUSED[name])}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", HANGS)
 def test_a_hang_is_named_in_time(judge, run, name):
     """A rank that gives no whole answer is ended at the limit, however it hangs."""
@@ -250,7 +250,7 @@ def test_a_hang_is_named_in_time(judge, run, name):
     assert result.seconds < 3 * HANG_SECONDS
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_who_hangs_again_and_again_is_not_asked_again(judge):
     """After three cases without an answer in time the rest are errors at once; another implementation is asked."""
     cases = [(CASES["none-w1"], "weird:Hangs")] * (MOST_HANGS + 2)
