@@ -298,6 +298,7 @@ def test_the_plain_answer_is_one():
         (changed(shape=[1] * 100), "no shape that an array can have"),
         (changed(shape=7), ""),
     ],
+    ids=lambda part: part if isinstance(part, str) else "header",
 )
 def test_an_odd_field_is_no_answer(header, said):
     """A field that is missing, of another type, out of range or without its bytes is said; nothing else is raised."""
