@@ -17,6 +17,7 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from numbers import Integral
@@ -90,6 +91,8 @@ class Source:
     connection: Connection
     sentinel: int
     """A descendant may hold the pipe open beyond the worker's end."""
+    is_gone: Callable[[], bool]
+    """Whether it is the worker that has ended, where the sentinel says that something has."""
 
     def read(self, size: int, deadline: float) -> bytearray:
         """So many bytes; memory is taken as they come, whatever size was announced.
@@ -99,12 +102,17 @@ class Source:
             EOFError: the other end is closed, or has ended.
         """
         content = bytearray()
+        watched: list[Any] = [self.connection, self.sentinel]
         while len(content) < size:
-            ready = wait([self.connection, self.sentinel], max(0.0, deadline - time.monotonic()))
+            ready = wait(watched, max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise TimeoutError
-            missing = min(size - len(content), _PIECE_BYTES)
-            piece = os.read(self.connection.fileno(), missing) if self.connection in ready else b""
+            if self.connection not in ready:
+                if self.is_gone():
+                    raise EOFError
+                watched = [self.connection]  # it was the fork server that ended: the worker may yet answer
+                continue
+            piece = os.read(self.connection.fileno(), min(size - len(content), _PIECE_BYTES))
             if not piece:
                 raise EOFError
             content += piece
