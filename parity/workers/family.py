@@ -104,6 +104,8 @@ def ended_with_us() -> Iterator[None]:
 
 def leads(pid: int) -> bool:
     """Whether it is still the worker that it was: a process number may have been given to another one since."""
+    if _PROC.exists():
+        return dict(_processes()).get(pid, (0, 0))[1] == pid  # one that waits to be buried is none
     try:
         return os.getsid(pid) == pid
     except ProcessLookupError:

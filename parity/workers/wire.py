@@ -30,6 +30,8 @@ _PREFIX = struct.Struct("!4sIQ")
 _HEADER_BYTES = 2**25
 """The largest header that is read; the largest of the suite's own cases is a hundredth of it."""
 _PIECE_BYTES = 2**20
+_LOOK_SECONDS = 0.3
+"""How often a worker is looked for whose sentinel tells nothing any more."""
 
 
 @dataclass(frozen=True)
@@ -104,19 +106,24 @@ class Source:
         content = bytearray()
         watched: list[Any] = [self.connection, self.sentinel]
         while len(content) < size:
-            ready = wait(watched, max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise TimeoutError
+            left = deadline - time.monotonic()
+            ready = wait(watched, max(0.0, left if len(watched) > 1 else min(left, _LOOK_SECONDS)))
             if self.connection not in ready:
-                if self.is_gone():
-                    raise EOFError
-                watched = [self.connection]  # it was the fork server that ended: the worker may yet answer
+                if left <= 0:
+                    raise TimeoutError
+                if len(watched) == 1 or ready:
+                    watched = [self.connection]  # where it was the fork server that ended, the worker may yet answer
+                    self._check_there()
                 continue
             piece = os.read(self.connection.fileno(), min(size - len(content), _PIECE_BYTES))
             if not piece:
                 raise EOFError
             content += piece
         return content
+
+    def _check_there(self) -> None:
+        if self.is_gone():
+            raise EOFError
 
 
 def receive(source: Source, job: int, *, deadline: float, most_bytes: int) -> Frame:
