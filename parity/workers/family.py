@@ -36,7 +36,7 @@ def adopt_orphans() -> None:
 def end_families(leaders: Iterable[int]) -> None:
     """Kill each leader with all that it brought about; one that has ended may have left some behind in its session."""
     leaders = [*leaders]
-    heads = [leader for leader in leaders if _leads(leader)]
+    heads = [leader for leader in leaders if leads(leader)]
     for head in heads:
         _signal(head, signal.SIGSTOP)  # it keeps its children, and gets no more
     end_descendants(leaders)
@@ -102,8 +102,10 @@ def ended_with_us() -> Iterator[None]:
         end_descendants(ours, {*before, *filter(None, (own, tracker))})
 
 
-def _leads(pid: int) -> bool:
+def leads(pid: int) -> bool:
     """Whether it is still the worker that it was: a process number may have been given to another one since."""
+    if _PROC.exists():
+        return dict(_processes()).get(pid, (0, 0))[1] == pid  # one that waits to be buried is none
     try:
         return os.getsid(pid) == pid
     except ProcessLookupError:

@@ -28,7 +28,7 @@ from typing import Any
 
 from parity.errors import CaseFailed, CaseHung, NoAnswer
 from parity.printable import printable
-from parity.workers.family import end_families
+from parity.workers.family import end_families, leads
 from parity.workers.folders import own_folder
 from parity.workers.memory import rank_memory
 from parity.workers.wire import Frame, Source, has_spoken, is_listening, receive
@@ -228,7 +228,9 @@ class Workers:
         return frame
 
     def _source(self, rank: int) -> Source:
-        return Source(self._connections[rank], self._processes[rank].sentinel)
+        process = self._processes[rank]
+        gone = lambda: process.exitcode is not None and not leads(process.pid or 0)  # noqa: E731 - asked later, if at all
+        return Source(self._connections[rank], process.sentinel, gone)
 
     def _read(self, read: Read, frame: Frame, rank: int) -> Any:
         """What is in a frame."""

@@ -17,6 +17,7 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from numbers import Integral
@@ -29,6 +30,8 @@ _PREFIX = struct.Struct("!4sIQ")
 _HEADER_BYTES = 2**25
 """The largest header that is read; the largest of the suite's own cases is a hundredth of it."""
 _PIECE_BYTES = 2**20
+_LOOK_SECONDS = 0.3
+"""How often a worker is looked for whose sentinel tells nothing any more."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ class Source:
     connection: Connection
     sentinel: int
     """A descendant may hold the pipe open beyond the worker's end."""
+    is_gone: Callable[[], bool]
+    """Whether it is the worker that has ended, where the sentinel says that something has."""
 
     def read(self, size: int, deadline: float) -> bytearray:
         """So many bytes; memory is taken as they come, whatever size was announced.
@@ -99,16 +104,26 @@ class Source:
             EOFError: the other end is closed, or has ended.
         """
         content = bytearray()
+        watched: list[Any] = [self.connection, self.sentinel]
         while len(content) < size:
-            ready = wait([self.connection, self.sentinel], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise TimeoutError
-            missing = min(size - len(content), _PIECE_BYTES)
-            piece = os.read(self.connection.fileno(), missing) if self.connection in ready else b""
+            left = deadline - time.monotonic()
+            ready = wait(watched, max(0.0, left if len(watched) > 1 else min(left, _LOOK_SECONDS)))
+            if self.connection not in ready:
+                if left <= 0:
+                    raise TimeoutError
+                if len(watched) == 1 or ready:
+                    watched = [self.connection]  # where it was the fork server that ended, the worker may yet answer
+                    self._check_there()
+                continue
+            piece = os.read(self.connection.fileno(), min(size - len(content), _PIECE_BYTES))
             if not piece:
                 raise EOFError
             content += piece
         return content
+
+    def _check_there(self) -> None:
+        if self.is_gone():
+            raise EOFError
 
 
 def receive(source: Source, job: int, *, deadline: float, most_bytes: int) -> Frame:

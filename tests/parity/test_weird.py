@@ -35,6 +35,7 @@ HOLDS = [
     "Good",
     "PrintsVerdict",
     "ClosesOutputs",
+    "KillsParent",
     "Forks",
     "ForksSleeper",
     "StartsSleeper",
@@ -159,8 +160,8 @@ REFUSED = {
 HANGS = ["StopsItself", "Hangs", "HangsInC", "IgnoresSignals", "StopsAmidAnswer"]
 """No answer in time."""
 
-ELSEWHERE = ["KillsParent", "StartsDaemonAndSleeps", "Changed"]
-"""In a test of its own, in `test_endings.py`, or the others' base."""
+ELSEWHERE = ["StartsDaemonAndSleeps", "Changed"]
+"""In `test_endings.py`, or the base of others."""
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """What crosses from a rank arrives as it was, or is no answer: fields are checked, and nothing that comes is run."""
 
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -43,7 +44,7 @@ def pipe():
     """Our end as a source, their end, and their death as a third pipe that closes."""
     ours, theirs = multiprocessing.Pipe()
     alive, death = multiprocessing.Pipe()
-    yield Source(ours, alive.fileno()), theirs, death
+    yield Source(ours, alive.fileno(), lambda: True), theirs, death
     for end in (ours, theirs, alive, death):
         end.close()
 
@@ -202,6 +203,15 @@ def test_an_end_is_seen_though_the_pipe_stays_open(pipe):
         take(source, seconds=30.0)
 
 
+def test_a_dead_fork_server_is_no_end(pipe):
+    """Where what ended was not the rank, its answer is waited for."""
+    source, theirs, death = pipe
+    death.close()
+    threading.Timer(SOON, send_answer, (theirs, JOB, Packed([1]))).start()
+
+    assert take(dataclasses.replace(source, is_gone=lambda: False), seconds=30.0).answer == [1]
+
+
 def test_what_was_sent_before_the_end_is_read(pipe):
     """An answer counts, though the rank has ended since."""
     source, theirs, death = pipe
@@ -246,59 +256,60 @@ def test_the_plain_answer_is_one():
     assert len(unpack_answers(answer(), bytearray(BODY), 0)[0].shards) == 1
 
 
-@pytest.mark.parametrize(
-    ("header", "said"),
-    [
-        (None, "not iterable"),
-        ({"a": 1}, ""),
-        ([5], ""),
-        (["abc"], ""),
-        ([{}], "KeyError: 'shards'"),
-        (answer(shards=5), "not iterable"),
-        (answer(shards=["abc"]), ""),
-        (answer(ROW[:-1]), ""),
-        (answer([*ROW, 5]), ""),
-        (answer(seconds="1"), "seconds is str '1'"),
-        (answer(seconds=float("nan")), "seconds is float 'nan'"),
-        (answer(refused=5), "refused is int '5'"),
-        (answer(refused="\x1b[31m"), "refused is str"),
-        (answer(said="x" * 5000), "said is text of 5000 characters"),
-        (answer(units="world"), "units 'world'"),
-        (changed(name=None), "name is None"),
-        (changed(name=["a"]), "name is list"),
-        (changed(name="two\nlines"), "name is str"),
-        (changed(name="x" * 5000), "name is text of 5000 characters"),
-        (changed(kind={}), "kind is dict"),
-        (changed(step="1"), "step is str '1'"),
-        (changed(step=-1), "step is int '-1'"),
-        (changed(step=True), "step is bool 'True'"),
-        (changed(step=1.0), "step is float '1.0'"),
-        (changed(step=10**30), "step is int"),
-        (changed(global_shape=None), ""),
-        (changed(global_shape="ab"), "global_shape is tuple"),
-        (changed(global_shape=[2, -3]), "global_shape is tuple"),
-        (changed(global_shape=[2, 3.0]), "global_shape is tuple"),
-        (changed(global_shape=[2, 10**30]), "global_shape is tuple"),
-        (changed(global_shape=[1] * 100), "global_shape is tuple"),
-        (changed(global_shape=[2, 2]), "6 values, of a tensor of shape (2, 2)"),
-        (changed(index=None), ""),
-        (changed(index=[[0, 2], [0, 3, 1]]), ""),
-        (changed(index=[[0, 2], [0, None]]), "index is tuple"),
-        (changed(index=[[0, 2], [0, 10**30]]), "index is tuple"),
-        (changed(index=[[0, 2], ["a", "b"]]), "index is tuple"),
-        (changed(dtype="object"), "KeyError: 'object'"),
-        (changed(dtype=">f4"), "KeyError"),
-        (changed(dtype=["float32"]), ""),
-        (changed(dtype="float64"), "has more values than came"),
-        (changed(shape=[2, 2]), "8 bytes of its values belong to no shard"),
-        (changed(shape=[2, -3]), "no shape that an array can have"),
-        (changed(shape=[2, 3.0]), "no shape that an array can have"),
-        (changed(shape=[2**62, 2**62]), "has more values than came"),
-        (changed(shape=[10**30]), "no shape that an array can have"),
-        (changed(shape=[1] * 100), "no shape that an array can have"),
-        (changed(shape=7), ""),
-    ],
-)
+ODD = [
+    (None, "not iterable"),
+    ({"a": 1}, ""),
+    ([5], ""),
+    (["abc"], ""),
+    ([{}], "KeyError: 'shards'"),
+    (answer(shards=5), "not iterable"),
+    (answer(shards=["abc"]), ""),
+    (answer(ROW[:-1]), ""),
+    (answer([*ROW, 5]), ""),
+    (answer(seconds="1"), "seconds is str '1'"),
+    (answer(seconds=float("nan")), "seconds is float 'nan'"),
+    (answer(refused=5), "refused is int '5'"),
+    (answer(refused="\x1b[31m"), "refused is str"),
+    (answer(said="x" * 5000), "said is text of 5000 characters"),
+    (answer(units="world"), "units 'world'"),
+    (changed(name=None), "name is None"),
+    (changed(name=["a"]), "name is list"),
+    (changed(name="two\nlines"), "name is str"),
+    (changed(name="x" * 5000), "name is text of 5000 characters"),
+    (changed(kind={}), "kind is dict"),
+    (changed(step="1"), "step is str '1'"),
+    (changed(step=-1), "step is int '-1'"),
+    (changed(step=True), "step is bool 'True'"),
+    (changed(step=1.0), "step is float '1.0'"),
+    (changed(step=10**30), "step is int"),
+    (changed(global_shape=None), ""),
+    (changed(global_shape="ab"), "global_shape is tuple"),
+    (changed(global_shape=[2, -3]), "global_shape is tuple"),
+    (changed(global_shape=[2, 3.0]), "global_shape is tuple"),
+    (changed(global_shape=[2, 10**30]), "global_shape is tuple"),
+    (changed(global_shape=[1] * 100), "global_shape is tuple"),
+    (changed(global_shape=[2, 2]), "6 values, of a tensor of shape (2, 2)"),
+    (changed(index=None), ""),
+    (changed(index=[[0, 2], [0, 3, 1]]), ""),
+    (changed(index=[[0, 2], [0, None]]), "index is tuple"),
+    (changed(index=[[0, 2], [0, 10**30]]), "index is tuple"),
+    (changed(index=[[0, 2], ["a", "b"]]), "index is tuple"),
+    (changed(dtype="object"), "KeyError: 'object'"),
+    (changed(dtype=">f4"), "KeyError"),
+    (changed(dtype=["float32"]), ""),
+    (changed(dtype="float64"), "has more values than came"),
+    (changed(shape=[2, 2]), "8 bytes of its values belong to no shard"),
+    (changed(shape=[2, -3]), "no shape that an array can have"),
+    (changed(shape=[2, 3.0]), "no shape that an array can have"),
+    (changed(shape=[2**62, 2**62]), "has more values than came"),
+    (changed(shape=[10**30]), "no shape that an array can have"),
+    (changed(shape=[1] * 100), "no shape that an array can have"),
+    (changed(shape=7), ""),
+]
+"""Headers of answers, and what is said of each."""
+
+
+@pytest.mark.parametrize(("header", "said"), ODD, ids=[f"{n}-{said}" for n, (_, said) in enumerate(ODD)])
 def test_an_odd_field_is_no_answer(header, said):
     """A field that is missing, of another type, out of range or without its bytes is said; nothing else is raised."""
     with pytest.raises(NoAnswer) as error:
