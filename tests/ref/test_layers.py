@@ -344,3 +344,9 @@ def test_what_does_not_fit_is_named(wrong):
 
     with pytest.raises(InputError, match=r"wanted|divide|spatial|channels"):
         layers.convolution(x, it.W, Adapter(**parts), window=window, scaling=S)
+
+
+def test_d5_an_unknown_norm_gradient_is_refused():
+    """A misspelt `norm_gradient` is taken for one of the two."""
+    with pytest.raises(InputError, match="norm_gradient 'frozen' is unknown"):
+        layers._ratio(jnp.ones((2, 4)), jnp.ones(2), "frozen")
