@@ -4,6 +4,7 @@ The numbers are a lattice: rows of V hold -1, 0 and 1 with 4^k of them not 0, so
 else is small integers and dyadic fractions. No route rounds anything, so any two must agree to the bit.
 """
 
+import inspect
 import warnings
 from dataclasses import dataclass
 
@@ -344,3 +345,11 @@ def test_what_does_not_fit_is_named(wrong):
 
     with pytest.raises(InputError, match=r"wanted|divide|spatial|channels"):
         layers.convolution(x, it.W, Adapter(**parts), window=window, scaling=S)
+
+
+def test_d5_an_unknown_norm_gradient_is_refused():
+    """A misspelt `norm_gradient` is taken for one of the two."""
+    unchecked = inspect.unwrap(layers._ratio)  # as a user has it, without the tests' check of types
+
+    with pytest.raises(InputError, match="norm_gradient 'frozen' is unknown"):
+        unchecked(jnp.ones((2, 4)), jnp.ones(2), "frozen")
