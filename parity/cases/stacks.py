@@ -11,6 +11,7 @@ from typing import Any
 from parity.case import Case
 from parity.cases.declared import LAYER, stack_case
 from parity.cases.shapes import DEEP, ODD, PADDED, SHAPES, SINGLE_ROW, THIN, UNEVEN, Shape, layer_of
+from parity.cases.worlds import LARGEST_ODD_PART, odd_part
 
 _STRATEGIES = ("fsdp1", "fsdp1-orig", "fsdp2")
 _PRECISIONS = (
@@ -230,12 +231,20 @@ def _meshes() -> Iterator[Case]:
         yield stack_case(UNEVEN, proof="one-hot", base="nf4", steps=world, **at)
 
 
+def world_cases(world: int) -> Iterator[Case]:
+    """S1, S2 at any world: exact where the certificate reaches, and with one rank hot."""
+    for strategy, base in product(_STRATEGIES, ("float32", "nf4")):
+        at = {"link": "shards", "strategy": strategy, "world": world, "base": base}
+        if odd_part(world) <= LARGEST_ODD_PART["float32"]:
+            yield stack_case(UNEVEN, proof="lattice", **at)
+        elif base == "nf4":
+            yield stack_case(UNEVEN, proof="one-hot", steps=2, **at)
+
+
 def _worlds(tier: str) -> Iterator[Case]:
     """S1, S2 at the other worlds; at 16 and with fewer tokens than ranks some ranks have nothing at all."""
-    worlds = (5, 6, 7, 8, 16) if tier == "full" else (5,)
-    for world, strategy in product(worlds, _STRATEGIES):
-        base = "nf4" if world % 2 else "float32"
-        yield stack_case(UNEVEN, link="shards", proof="lattice", strategy=strategy, world=world, base=base)
+    for world in (5, 6, 7, 8, 16) if tier == "full" else (5,):
+        yield from world_cases(world)
     for strategy in _STRATEGIES:
         yield stack_case(UNEVEN, link="shards", proof="lattice", strategy=strategy, world=3, tokens=2)
 

@@ -7,8 +7,12 @@ from typing import Protocol, get_args
 
 from parity.case import Case
 from parity.cases import TIERS, Tier, cases_of
+from parity.cases.stacks import world_cases
 from parity.commands.expression import compile_expression
 from parity.errors import CannotRun, NoCaseMatches, WorldNotInTier
+
+LARGEST_WORLD = 16
+"""As many ranks as one host is asked to run."""
 
 
 class Choice(Protocol):
@@ -26,8 +30,12 @@ def choose(choice: Choice) -> list[Case]:
     Raises:
         CannotRun: an unknown tier, a world size that no case has, or nothing left.
     """
-    cases = [dataclasses.replace(case, seed=choice.seed) for case in cases_of(_tier(choice.tier))]
-    worlds = _worlds(choice.world, cases)
+    asked = _worlds(choice.world)
+    tier = cases_of(_tier(choice.tier))
+    known = {case.world for case in tier}
+    tier += [case for world in sorted(asked - known) for case in world_cases(world)]
+    cases = [dataclasses.replace(case, seed=choice.seed) for case in tier]
+    worlds = asked or known
     matches = compile_expression(choice.keep) if choice.keep else lambda _: True
     named = [case for case in cases if case.id == choice.keep]
     chosen = [case for case in named or cases if case.world in worlds and matches(case)]
@@ -57,15 +65,19 @@ def _tier(name: str) -> Tier:
     return name
 
 
-def _worlds(text: str, cases: list[Case]) -> set[int]:
-    known = {case.world for case in cases}
+def _worlds(text: str) -> set[int]:
+    """The world sizes that are asked for; none where nothing is said. A world that no case has gets cases of its own.
+
+    Raises:
+        CannotRun: what is given is no list of numbers from 1 to 16.
+    """
     if not text:
-        return known
+        return set()
     try:
         asked = {int(part) for part in text.split(",")}
     except ValueError:
-        raise CannotRun(f"--world {text!r} is no list of numbers", hint="as in --world 1,2,4") from None
-    if asked - known:
-        listed = ", ".join(map(str, sorted(known)))
-        raise WorldNotInTier(f"no case runs at world {min(asked - known)}", hint=f"this tier has worlds {listed}")
+        raise CannotRun(f"--world {text!r} is not a list of numbers", hint="as in --world 1,2,4") from None
+    beyond = sorted(asked - set(range(1, LARGEST_WORLD + 1)))
+    if beyond:
+        raise WorldNotInTier(f"--world {beyond[0]} is not a world from 1 to {LARGEST_WORLD}", hint="choose among them")
     return asked

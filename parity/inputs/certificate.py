@@ -12,15 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from parity.case import Case
+from parity.cases.worlds import LARGEST_ODD_PART, odd_part
 from parity.errors import LatticeNotExact
 
 _FLOAT32_BITS = 24
 _BFLOAT16_BITS = 8
 EXACT_DROPOUTS = (0.0, 0.5, 0.75)
 """The rates at which what is kept is multiplied by a power of two (D9)."""
-LARGEST_ODD_PART = {"bfloat16": 1, "float32": 7, "float64": 7}
-"""Each rank's cotangent carries the world size, of which a power of two only shifts the exponent. One draw serves every
-world whose odd part is at most this one: in float32 1 to 8, 10, 12, 14, 16 and so on, in bfloat16 powers of two."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,6 @@ def certify(case: Case, arrays: dict[str, np.ndarray]) -> Certificate:
     certificate = Certificate(ledger.units, ledger.allowed)
     certificate.require(case)
     return certificate
-
-
-def odd_part(number: int) -> int:
-    """What is left when every factor of two is taken out."""
-    return number // (number & -number)
 
 
 def require_gradients(case: Case, arrays: dict[str, np.ndarray]) -> None:

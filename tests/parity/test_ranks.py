@@ -105,7 +105,7 @@ def test_a_wrong_shard_is_a_failed_check(outcome, name):
 
     failed = [check for check in bad.checks if not check.passed]
     assert bad.status == "failed"
-    assert [c for c in failed if (c.tensor, c.rank) == (tensor, rank) and said in c.mode] != []
+    assert [c for c in failed if (c.tensor, c.rank) == (tensor, rank) and said in (c.fault or c.mode)] != []
 
 
 @pytest.mark.parametrize("name", WRONG_SHARDS)

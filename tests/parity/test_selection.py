@@ -92,6 +92,12 @@ def test_worlds_are_those_that_were_asked_for():
     assert {case.world for case in choose(Options(world="2,3"))} == {2, 3}
 
 
+@pytest.mark.parametrize("world", [5, 7, 9, 16])
+def test_a_world_that_no_case_has_gets_cases_of_its_own(world):
+    """--world 7 runs: the same stacks, cut into seven."""
+    assert {case.world for case in choose(Options(world=str(world)))} == {world}
+
+
 def test_the_seed_reaches_every_case():
     """--seed 5 changes every case."""
     assert {case.seed for case in choose(Options(keep="thin", seed=5))} == {5}
@@ -101,7 +107,7 @@ def test_the_seed_reaches_every_case():
     ("options", "error", "said"),
     [
         pytest.param(Options(tier="huge"), CannotRun, "'huge'", id="tier"),
-        pytest.param(Options(world="16"), WorldNotInTier, "world 16", id="world"),
+        pytest.param(Options(world="17"), WorldNotInTier, "world 17", id="world"),
         pytest.param(Options(world="2,sixteen"), CannotRun, "'2,sixteen'", id="no number"),
         pytest.param(Options(world="2,"), CannotRun, "'2,'", id="comma"),
         pytest.param(Options(keep="nosuchword"), NoCaseMatches, "'nosuchword'", id="no case"),

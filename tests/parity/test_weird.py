@@ -42,8 +42,6 @@ HOLDS = [
     "StartsDaemon",
     "ChangesFolder",
     "SpoilsInputs",
-    "Wider",
-    "Half",
     "Strided",
     "OtherRank",
     "Twice",
@@ -121,6 +119,8 @@ NOT_RAN = {
 """The case's error, in one line that has these words; the rank that gave no answer is named."""
 
 WRONG = {
+    "Wider": "dtype float64, wanted float32",
+    "Half": "dtype float16, wanted float32",
     "PatchesJudgeInRank": "bitwise",
     "PatchesJudgeByName": "bitwise",
     "NanGradients": "bitwise",
@@ -188,7 +188,7 @@ def run(judge):
 
 def said(result):
     """All words of a result: its reason, and the modes of its failed checks."""
-    return "\n".join([result.reason, *(check.mode for check in result.checks if not check.passed)])
+    return "\n".join([result.reason, *(check.fault or check.mode for check in result.checks if not check.passed)])
 
 
 @pytest.mark.parametrize("name", HOLDS)
