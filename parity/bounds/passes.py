@@ -14,7 +14,7 @@ import numpy as np
 from parity.bounds import tracked as tr
 from parity.bounds.dropout import Mask, as_mask
 from parity.bounds.layers import Adapter, Layer, Precision, Read, backward, forward
-from parity.bounds.repeats import Ids, Repeats, equal, joined, whole
+from parity.bounds.repeats import Repeats, whole
 from parity.bounds.tracked import Array, Tracked
 
 Activation: TypeAlias = Literal["identity", "relu"]
@@ -30,14 +30,25 @@ class Tokens:
     """(tokens, out)."""
     masks: tuple[Array | None, ...]
     """D9: for each layer what dropout multiplies by, (tokens, in), or None."""
-    alike: tuple[Ids, Ids] | None
-    """Which tokens are like each other, in x and in G; None where none is."""
+    repeats: Repeats | None
+    """Which tokens are like each other; None where none is."""
 
     def __getitem__(self, part: slice) -> Tokens:
         """The same of a part of the tokens."""
         masks = tuple(None if mask is None else mask[part] for mask in self.masks)
-        alike = None if self.alike is None else (self.alike[0][part], self.alike[1][part])
-        return Tokens(self.x[part], self.G[part], masks, alike)
+        return Tokens(self.x[part], self.G[part], masks, None if self.repeats is None else self.repeats[part])
+
+
+@dataclass(frozen=True)
+class Met:
+    """What meets in one layer's sums over tokens: the values that decide whether tokens are correlated there."""
+
+    u: Array
+    """What the adapter reads, (tokens, in)."""
+    uncertain: Array
+    """The part of u that carries errors of the layers before, (tokens, in): all but their biases; none at first."""
+    G: Array
+    """The cotangent, (tokens, out)."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,8 @@ class Passed:
     """The stack's output, (tokens, out)."""
     dx: Tracked
     """The stack's input gradient, (tokens, in), without the world size."""
+    met: list[Met]
+    """Of each layer."""
 
 
 def passed(stack: list[Layer], tokens: Tokens, *, activation: Activation, world: int) -> Passed:
@@ -57,26 +70,30 @@ def passed(stack: list[Layer], tokens: Tokens, *, activation: Activation, world:
     precision = stack[0].precision
     masks = [None if mask is None else as_mask(mask, precision.compute_unit) for mask in tokens.masks]
     reads, outputs = _forwards(stack, masks, tokens.x, activation)
-    alike = _alike(tokens, outputs, activation)
     cotangent = tr.scale(tr.exact(tokens.G), world, precision.unit)
     cotangent = tr.cast(cotangent, precision.compute_unit)
     gradients: list[Adapter] = []
+    met: list[Met] = []
     for k in reversed(range(len(stack))):
         if activation == "relu" and k + 1 < len(stack):
             cotangent = relu_backward(cotangent, outputs[k])
-        own, cotangent = backward(stack[k], reads[k], cotangent, alike[k])
+        met.insert(0, Met(reads[k].u.value, _uncertain(stack, reads, k), cotangent.value))
+        own, cotangent = backward(stack[k], reads[k], cotangent, tokens.repeats)
         gradients.insert(0, own)
-    return Passed(gradients, outputs[-1], tr.scale(cotangent, 1 / world, precision.unit))
+    return Passed(gradients, outputs[-1], tr.scale(cotangent, 1 / world, precision.unit), met)
 
 
 def loss(y: Tracked, tokens: Tokens, precision: Precision) -> Tracked:
     """`sum(G * y)` of these tokens, a scalar, with the products and the sum at `unit`."""
-    repeats = None
-    if tokens.alike is not None:
-        inputs, cotangents = tokens.alike
-        told = (equal(mask) for mask in tokens.masks if mask is not None)
-        repeats = Repeats(joined(inputs, *told), cotangents)
-    return whole(tr.cast(tr.exact(tokens.G), precision.compute_unit), y, repeats, unit=precision.unit)
+    return whole(tr.cast(tr.exact(tokens.G), precision.compute_unit), y, tokens.repeats, unit=precision.unit)
+
+
+def _uncertain(stack: list[Layer], reads: list[Read], k: int) -> Array:
+    """What layer k reads of the layer before, without its bias."""
+    u, bias = reads[k].u.value, stack[k - 1].bias
+    if k == 0:
+        return np.zeros_like(u)
+    return u if bias is None else np.where(u == 0, 0.0, u - bias.value)
 
 
 def _forwards(
@@ -90,21 +107,6 @@ def _forwards(
         outputs.append(y)
         here = relu(y) if activation == "relu" else y
     return reads, outputs
-
-
-def _alike(tokens: Tokens, outputs: list[Tracked], activation: Activation) -> list[Repeats | None]:
-    """For each layer which tokens repeat: those alike in x and G, less those that a mask or a ReLU tells apart."""
-    if tokens.alike is None:
-        return [None] * len(outputs)
-    inputs, cotangents = tokens.alike
-    told = [np.zeros_like(inputs) if mask is None else equal(mask) for mask in tokens.masks]
-    repeats: list[Repeats | None] = []
-    for k in reversed(range(len(outputs))):
-        if activation == "relu" and k + 1 < len(outputs):
-            cotangents = joined(cotangents, equal(outputs[k].value > 0))
-        repeats.insert(0, Repeats(joined(inputs, *told[: k + 1]), cotangents))
-        cotangents = joined(cotangents, told[k])
-    return repeats
 
 
 def relu(y: Tracked) -> Tracked:

@@ -19,7 +19,7 @@ Axes: T tokens, I in, O out, M and N the columns of two matrices that are multip
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +27,6 @@ import numpy.typing as npt
 from parity.bounds import tracked as tr
 from parity.bounds.tracked import Array, Tracked
 from parity.errors import ParityError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 Ids: TypeAlias = npt.NDArray[np.intp]
 """(tokens,): the number of each token's group."""
@@ -46,10 +43,17 @@ class InputsNotIndependent(ParityError):
 
 @dataclass(frozen=True)
 class Repeats:
-    """One layer's tokens: which are like each other in what the layer reads, and which in its cotangent."""
+    """Which tokens are alike in x, and which in the cotangent of the output, at every layer of a stack.
+
+    A mask or a ReLU may tell tokens apart on the way. They stay in one group, since the errors that they share do.
+    """
 
     inputs: Ids
     cotangents: Ids
+
+    def __getitem__(self, part: slice) -> Repeats:
+        """The same of a part of the tokens."""
+        return Repeats(self.inputs[part], self.cotangents[part])
 
     @property
     def multiplicity(self) -> Array:
@@ -81,11 +85,6 @@ def alike(rows: Array, share: float) -> Ids:
         ids = reached
 
 
-def equal(rows: npt.NDArray[np.generic]) -> Ids:
-    """Groups of the rows (tokens, features) that are equal."""
-    return _numbered(rows)
-
-
 def joined(*ids: Ids) -> Ids:
     """Groups of the tokens that are together in each of these."""
     return _numbered(np.stack(ids, axis=1))
@@ -101,24 +100,24 @@ def coherence(x: Array, G: Array, ids: Ids) -> float:
     return float(np.sum(products)) / within if within > 0 else 1.0
 
 
-def require_independent(x: Array, G: Array, *, share: float, masks: Sequence[Array | None] = ()) -> None:
-    """Refuse tokens that are correlated with each other without being alike: nothing here bounds their covariance.
+def require_independent(x: Array, G: Array, *, ids: Ids | None = None, place: str = "the stack") -> None:
+    """Refuse tokens that are correlated with each other: nothing here bounds the covariance of different tokens.
 
     Args:
-        x: (tokens, in) of all ranks.
-        G: (tokens, out), the cotangent of the output.
-        share: the `closeness` at which tokens count as repeated; repeats are inside the domain.
-        masks: dropout's, (tokens, in) each: tokens that a mask tells apart do not repeat.
+        x: (tokens, in) of all ranks: what a layer reads.
+        G: (tokens, out), the cotangent of its output.
+        ids: the groups of tokens whose covariance is bounded; by default each token is on its own.
+        place: the layer, for the message.
 
     Raises:
         InputsNotIndependent: where the `coherence` of x and G is above `COHERENCE`.
     """
-    told = [equal(mask) for mask in masks if mask is not None]
-    found = coherence(x, G, joined(alike(x, share), alike(G, share), *told))
+    found = coherence(x, G, np.arange(len(x)) if ids is None else ids)
     if found > COHERENCE:
         raise InputsNotIndependent(
-            f"the tokens of x {x.shape} and G {G.shape} add up as if {found:.3g} were one, above {COHERENCE:g}",
-            hint="take away the mean that x and G have over tokens, or draw them with random signs",
+            f"the tokens of {place}, x {x.shape} and G {G.shape}, add up as if {found:.3g} were one, "
+            f"above {COHERENCE:g}",
+            hint="take away the mean over tokens that x or G has, or give G random signs",
         )
 
 

@@ -7,7 +7,7 @@ T3). Each step sees the same x, so the second one starts from parameters that ca
 The domain of the bounds (docs/tolerances.md, 3):
 
 - Within a step errors of A, B and c are added up coherently, and so are those of tokens that repeat (`repeats`), up to
-  the guard itself. Tokens that are correlated and do not repeat are refused (`require_independent`).
+  the guard itself. In a stack of several layers, tokens that are correlated without repeating are refused.
 - The features of one token, and the rows and columns of W, A and B, are ordinary numbers: none is the copy of another.
 - From step to step the errors of the parameters' elements are taken as independent. That held over two steps on
   Gaussian data even where an update is larger than the parameter (6.8 standard deviations at most, of 16). Where
@@ -26,7 +26,7 @@ import numpy as np
 from parity.bounds import tracked as tr
 from parity.bounds.layers import FLOAT32, Adapter, Layer, Precision, prepare
 from parity.bounds.passes import Activation, Passed, Tokens, loss, passed
-from parity.bounds.repeats import Ids, alike, closeness, require_independent
+from parity.bounds.repeats import Ids, Repeats, alike, closeness, require_independent
 from parity.bounds.steps import STILL, Rule, clipped, stepped
 from parity.bounds.tracked import Array, Tracked
 
@@ -136,16 +136,11 @@ def propagate(
 
 
 def _seen(x: Array, G: Array, masks: tuple[Array | None, ...], precision: Precision) -> Tokens:
-    """All tokens, and which of them repeat.
-
-    Raises:
-        InputsNotIndependent: where they are correlated without repeating.
-    """
+    """All tokens, and which of them repeat."""
     share = closeness(len(x), unit=precision.unit, compute_unit=precision.compute_unit)
-    require_independent(x, G, share=share, masks=masks)
-    ids = alike(x, share), alike(G, share)
-    repeated = any(len(np.unique(side)) < len(x) for side in ids)
-    return Tokens(x, G, masks, ids if repeated else None)
+    repeats = Repeats(alike(x, share), alike(G, share))
+    repeated = any(len(np.unique(side)) < len(x) for side in (repeats.inputs, repeats.cotangents))
+    return Tokens(x, G, masks, repeats if repeated else None)
 
 
 def _step_gradients(
@@ -156,7 +151,10 @@ def _step_gradients(
     parts = _slices([count for rank in setting.tokens for count in rank])
     world, unit = len(setting.tokens), setting.precision.unit
     every = [passed(stack, seen[part], activation=setting.activation, world=world) for part in parts]
-    coherent = seen.alike is not None and any(_spans(ids, parts) for ids in seen.alike)
+    _require_independent_layers(every, seen.repeats)
+    coherent = seen.repeats is not None and any(
+        _spans(ids, parts) for ids in (seen.repeats.inputs, seen.repeats.cotangents)
+    )
     reduced = {
         (k, name): tr.mean([getattr(p.gradients[k], name) for p in every], unit, world=world, coherent=coherent)
         for k, adapter in enumerate(adapters)
@@ -164,6 +162,24 @@ def _step_gradients(
         if getattr(adapter, name) is not None
     }
     return reduced, _outside(stack, every, seen, setting)
+
+
+def _require_independent_layers(every: list[Passed], repeats: Repeats | None) -> None:
+    """Refuse tokens whose errors add up in a layer because they come from another layer's A, B or c.
+
+    Those before the layer are in what it reads, and meet G; those behind it are in G, and meet what it reads.
+
+    Raises:
+        InputsNotIndependent: as `require_independent`.
+    """
+    layers = len(every[0].met)
+    for k in range(layers):
+        u, uncertain, G = (np.concatenate([getattr(p.met[k], name) for p in every]) for name in ("u", "uncertain", "G"))
+        inputs, cotangents = (None, None) if repeats is None else (repeats.inputs, repeats.cotangents)
+        if k > 0:
+            require_independent(uncertain, G, ids=inputs, place=f"layers.{k}")
+        if k + 1 < layers:
+            require_independent(u, G, ids=cotangents, place=f"layers.{k}")
 
 
 def _outside(stack: list[Layer], every: list[Passed], seen: Tokens, setting: Setting) -> Bounds:
