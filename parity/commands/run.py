@@ -39,10 +39,10 @@ def run_suite(options: RunOptions, console: Console) -> int:
     if not assignments:
         raise NoCaseMatches("--impl takes the place of torch_impl, whose cases -k leaves out", hint="choose others")
     chosen, assignments = assignments, with_judges(assignments, options.tier, options.seed)
+    model, no_model = find_model(cases, options.model)
     if len(assignments) > len(chosen):
         more = len(assignments) - len(chosen)
         console.print(f"{more} unsharded cases added: what is only compared with itself is not known to be right")
-    model, no_model = find_model(cases, options.model)
     results = Results(environment=describe(options.device), tier=options.tier)
     _write(options.json, results)  # before anything runs: a place that cannot be written is known at once
     start = time.monotonic()

@@ -158,7 +158,7 @@ def test_list_is_quick_and_loads_no_framework(dora_parity):
 
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert done.returncode == 0
-    assert "stack/one-hot/torch_impl/fsdp2-w2/thin/float32-float32/plain  [D1 " in done.stdout
+    assert "stack/one-hot/torch_impl/fsdp2-w2/thin/float32-float32/plain  [D11 " in done.stdout
     assert "parity" in loaded
     assert loaded & {"torch", "jax", "flax", "transformers", "ref", "torch_impl"} == set()
     assert after.children_user + after.children_system - before.children_user - before.children_system < 2

@@ -17,6 +17,8 @@ pytestmark = pytest.mark.distributed
 
 KEEP = "fsdp2-w2/thin and plain and (one-hot and float32-float32 or lattice and nf4)"
 """Two cases: `SleepsOnNf4` passes the first and hangs in the second."""
+LATTICE = "stack/lattice/torch_impl/fsdp2-w2/uneven/float32-float32/plain"
+"""A case on two ranks that is compared with the reference, so that no unsharded one comes along."""
 START_SECONDS = 60.0
 END_SECONDS = 10.0
 """How long the last process may take to see that its parent is gone: far less, on an idle machine."""
@@ -120,7 +122,7 @@ def test_an_interrupted_run_ends_everything(hanging, tmp_path, temporary, number
     assert (run.returncode, said) == (ending[0], f"dora-parity: {ending[1]}; every rank has been ended\n")
     assert left_over(family) == []
     assert kept["complete"] is False
-    assert [case["status"] for case in kept["cases"]] == ["passed"]
+    assert [case["status"] for case in kept["cases"] if "one-hot" in case["id"]] == ["passed"]
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".json") == ["results.json"]
     assert list(temporary.iterdir()) == []
 
@@ -142,7 +144,7 @@ def test_two_signals_are_as_one(hanging, temporary):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
 def test_what_ranks_started_ends_with_the_run(start, number):
     """A program that a rank left behind in a session of its own ends with the run, however that ends."""
-    run = start("run", "-k", f"{KEEP} and one-hot", "--impl", "weird:StartsDaemonAndSleeps")
+    run = start("run", "-k", LATTICE, "--impl", "weird:StartsDaemonAndSleeps")
     wait_for(lambda: sum(process.name() == "sleep" for process in offspring(run)) == 2, "a program of each rank")
     family = offspring(run)
 
@@ -153,7 +155,7 @@ def test_what_ranks_started_ends_with_the_run(start, number):
 
 def test_a_whole_run_leaves_nothing(start, temporary):
     """Programs that ranks left behind are gone when the command is, and so are its folders; the judge alone speaks."""
-    run = start("run", "-k", f"{KEEP} and one-hot", "--impl", "weird:StartsDaemon", "--impl", "weird:PrintsVerdict")
+    run = start("run", "-k", LATTICE, "--impl", "weird:StartsDaemon", "--impl", "weird:PrintsVerdict")
     wait_for(lambda: any(process.name() == "sleep" for process in offspring(run)), "a program of a rank")
     family = offspring(run)
     heard, _ = run.communicate(timeout=START_SECONDS)
@@ -200,7 +202,7 @@ def test_an_interrupt_at_the_start_is_one_line(start, seconds):
     "arguments",
     [
         pytest.param(["list"], id="list"),
-        pytest.param(["run", "-k", f"{KEEP} and one-hot", "--impl", "fakes:Honest"], id="run"),
+        pytest.param(["run", "-k", LATTICE, "--impl", "fakes:Honest"], id="run"),
     ],
 )
 def test_a_reader_that_leaves_is_no_proof(start, arguments):

@@ -65,7 +65,7 @@ WRONG_SHARDS = {
     "OtherShape": ("layers.0.magnitude", 1, "of (28,), wanted"),
     "NotANumber": ("layers.0.magnitude", 1, "bitwise"),
     "Swapped": ("layers.0.lora_A", 0, "bitwise"),
-    "Moved": ("layers.0.lora_A", 1, "layout: wanted [1:2, 0:40]"),
+    "Moved": ("layers.0.lora_A", 1, "wanted [1:2, 0:40]"),
     "OneRankMissing": ("layers.0.magnitude", -1, "coverage: 13 of 27 elements on no rank"),
     "Silent": ("layers.0.lora_A", -1, "coverage: 80 of 80 elements on no rank"),
 }

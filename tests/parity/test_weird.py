@@ -129,7 +129,7 @@ WRONG = {
     "Zero": "bitwise",
     "Constant": "bitwise",
     "Broadcast": "bitwise",
-    "Integers": "bitwise",
+    "Integers": "dtype int64, wanted float32",
     "Booleans": "bitwise",
     "RightTheSecondTime": "bitwise",
     "WholeForPart": "bitwise",
