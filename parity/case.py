@@ -15,7 +15,7 @@ Link = Literal["algebra", "shards", "frameworks", "training", "controls"]
 Model = Literal["stack", "codec", "checkpoint", "pretrained"]
 Proof = Literal["lattice", "one-hot", "bound", "start", "root", "sensitivity", "decode", "files", "refusal", "neutral"]
 Base = Literal["float32", "bfloat16", "float64", "nf4", "fp4"]
-Compute = Literal["float32", "bfloat16", "float64"]
+Compute = Literal["float32", "bfloat16", "float16", "float64"]
 Task = Literal["train", "merge", "written", "read", "refuse"]
 
 LINKS: tuple[Link, ...] = ("algebra", "shards", "frameworks", "training", "controls")

@@ -31,7 +31,7 @@ def _resemblance(result: CaseResult, failed: list[Check]) -> str:
     if any(check.kind == "layout" for check in failed):
         return "ChunkFloor or AlignmentIgnored: a rank holds another part than S1 and S2 give it"
     if factors and _all_near(factors, world) and world > 1:
-        return "SumForMean, WorldTimesTooMuch: gradients are the world size too large (S3)"
+        return "SumForMean: gradients are the world size too large (S3)"
     if factors and _all_near(factors, result.case.copies) and result.case.copies > 1:
         return "ReplicasSummed: gradients are the number of replicas too large (S9)"
     if factors and _all_near(factors, 0.5) and len(ranks) == 1:

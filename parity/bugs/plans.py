@@ -1,7 +1,7 @@
 """For each mutant: the cases it is run on, and the tensors whose checks must fail. Imports no framework.
 
-A pair that is missing here is right in spite of the bug: `dm` of the last layer under NormNotDetached and
-MagnitudeDtype, A under AlignmentIgnored (the first member needs no filler), A and B where only magnitudes are hurt.
+A pair that is missing here is right in spite of the bug: `dm` of the last layer under NormNotDetached, A under
+AlignmentIgnored (the first member needs no filler), A and B where only magnitudes are hurt.
 """
 
 from __future__ import annotations
@@ -34,7 +34,14 @@ PLANS = {
     "MagnitudeFromWrongWeight": Plan(
         "stack/start/torch_impl/none-w1/uneven/nf4-float32", (("parameter", "magnitude"),)
     ),
-    "MagnitudeDtype": Plan(_UNSHARDED, _MATRICES),
+    "MagnitudeDtype": Plan(
+        "stack/lattice/torch_impl and (none-w1 or fsdp2-w2)/uneven-1/bfloat16-bfloat16/plain",
+        (("parameter", "magnitude"), ("gradient", "magnitude"), ("optimizer:momentum_buffer", "magnitude")),
+    ),
+    "NormFromNarrowFactors": Plan("stack/bound/torch_impl/none-w1/uneven/bfloat16-bfloat16/plain", (("norm", "0"),)),
+    "ReciprocalRatio": Plan("stack/neutral/torch_impl/none-w1/uneven/float32-float32", (("output", "y"),)),
+    "BiasLostOnZeroRows": Plan("lattice and none-w1/uneven/float32-float32/bias+zero-rows", (("output", "y"),)),
+    "OutputScaled": Plan("lattice and none-w1/uneven/float32-float32/plain", (("output", "y"), ("loss", "loss"))),
     "BiasScaled": Plan("stack/bound/torch_impl/none-w1/uneven/float32-float32/bias", (("gradient", "magnitude"),)),
     "DropoutOnFactorsOnly": Plan("stack/lattice/torch_impl/none-w1/uneven/float32-float32/dropout-0.5", _GRADIENTS),
     "NibbleSwap": Plan("codec and uneven/nf4-float32/plain", (("packed", "weight"), ("decoded", "weight"))),
@@ -55,6 +62,9 @@ PLANS = {
     "AdapterReducedNarrow": Plan("stack/one-hot and fsdp2-w2 and reduce-bfloat16", _GRADIENTS),
     "MeanOfMeans": Plan("training and accumulate-3 and (w2 or w3) and float32-float32", _GRADIENTS),
     "GradNormPerShard": Plan("training and fsdp2-w3/uneven/float32-float32/clip-0.5", _GRADIENTS),
+    "LateIgnored": Plan("lattice and fsdp2-w2 and late and counted", (("collectives", "step"),)),
+    "RatesLost": Plan("fsdp2-w3/uneven/float32-float32/by-adamw+resume-fsdp2", (("setting", "lr"),)),
+    "GeneratorLost": Plan("fsdp2-w3/uneven/float32-float32/by-adamw+resume-fsdp2", (("generator", "after"),)),
     "OptimizerStateLost": Plan("training and fsdp2-w3/uneven/float32-float32/by-adamw+resume-fsdp2", _STATES),
     "DoraSilentlyLora": Plan("files and fsdp2-w4/uneven and read", (("parameter", "magnitude"),)),
     "ShardSavedAsWhole": Plan("files and fsdp2-w4/uneven and written", tuple(("parameter", name) for name in _TRAINED)),

@@ -9,6 +9,8 @@ from parity.cases.algebra import algebra_cases
 from parity.cases.codec import codec_cases
 from parity.cases.covering import covering_cases
 from parity.cases.files import file_cases
+from parity.cases.meshes import mesh_cases
+from parity.cases.narrow import narrow_cases
 from parity.cases.pretrained import pretrained_cases
 from parity.cases.stacks import stack_cases
 from parity.cases.training import training_cases
@@ -27,6 +29,8 @@ def cases_of(tier: Tier) -> list[Case]:
         *algebra_cases(),
         *codec_cases(),
         *stack_cases(tier),
+        *narrow_cases(),
+        *mesh_cases(tier),
         *training_cases(tier),
         *file_cases(),
         *pretrained_cases(tier),

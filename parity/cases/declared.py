@@ -14,6 +14,10 @@ SHARDED = ("S1", "S3", "S7", "S11")
 """Every sharded one's."""
 
 
+FSDP = ("fsdp1", "fsdp1-orig", "fsdp2")
+"""The strategies that cut every tensor over all ranks."""
+
+
 def stack_case(shape: Shape, **fields: Any) -> Case:
     """A stack, and the clauses that its features add."""
     clauses = list(LAYER)

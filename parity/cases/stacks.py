@@ -9,11 +9,9 @@ from itertools import product
 from typing import Any
 
 from parity.case import Case
-from parity.cases.declared import LAYER, stack_case
-from parity.cases.shapes import DEEP, ODD, PADDED, SHAPES, SINGLE_ROW, THIN, UNEVEN, Shape, layer_of
-from parity.cases.worlds import LARGEST_ODD_PART, odd_part
+from parity.cases.declared import FSDP, LAYER, stack_case
+from parity.cases.shapes import DEEP, ODD, PADDED, SHAPES, SINGLE_ROW, THIN, UNEVEN, Shape
 
-_STRATEGIES = ("fsdp1", "fsdp1-orig", "fsdp2")
 _PRECISIONS = (
     ("float32", "float32"),
     ("bfloat16", "float32"),
@@ -32,13 +30,9 @@ def stack_cases(tier: str) -> list[Case]:
         *_one_hot(tier),
         *_replicas(),
         *_dropout(),
-        *_bfloat16(),
         *_neutral(),
         *_storages(),
         *_methods(),
-        *_meshes(),
-        *_worlds(tier),
-        *_counted(),
         *_bounded(tier),
         *_start(),
         *_jax(),
@@ -80,7 +74,7 @@ def _crosses() -> Iterator[Case]:
         yield stack_case(UNEVEN, base=base, compute=compute, bias=True, batched=True, **common)
     yield stack_case(UNEVEN, base="nf4", zero_rows=True, **common)
     yield stack_case(UNEVEN, base="nf4", zero_b=True, **common)
-    for strategy, base in product(_STRATEGIES, ("float32", "nf4")):
+    for strategy, base in product(FSDP, ("float32", "nf4")):
         one_hot = {"proof": "one-hot", "strategy": strategy, "world": 3, "steps": 3}
         yield stack_case(ODD, link="shards", base=base, **one_hot)
     hard = replace(UNEVEN, name="uneven-last", layers=UNEVEN.layers[1:])  # one layer: huge rows would drown a second
@@ -94,16 +88,16 @@ def _with_clauses(case: Case, *clauses: str) -> Case:
 
 def _lattice() -> Iterator[Case]:
     """Link 2, bitwise at every world and under every strategy: the first gradient and the first update."""
-    for shape, strategy, world, base in product(SHAPES, _STRATEGIES, (1, 2, 3, 4), ("float32", "nf4")):
+    for shape, strategy, world, base in product(SHAPES, FSDP, (1, 2, 3, 4), ("float32", "nf4")):
         yield stack_case(shape, link="shards", proof="lattice", strategy=strategy, world=world, base=base)
-    for features, strategy, world in product(_FEATURES, _STRATEGIES, (2, 3)):
+    for features, strategy, world in product(_FEATURES, FSDP, (2, 3)):
         yield stack_case(UNEVEN, link="shards", proof="lattice", strategy=strategy, world=world, **features)
 
 
 def _one_hot(tier: str) -> Iterator[Case]:
     """Link 2, bitwise on any data: each rank in turn has the only loss. Bytes need padding, dense weights do not."""
     padded = [pair for pair in _PRECISIONS if tier == "full" or pair[0] == "nf4"]
-    for world, strategy in product((2, 3, 4, 8) if tier == "full" else (2, 3, 4), _STRATEGIES):
+    for world, strategy in product((2, 3, 4, 8) if tier == "full" else (2, 3, 4), FSDP):
         common = {"link": "shards", "proof": "one-hot", "strategy": strategy, "world": world, "steps": max(2, world)}
         for shape, (base, compute) in [*product([UNEVEN], _PRECISIONS), *product([PADDED], padded)]:
             yield stack_case(shape, base=base, compute=compute, **common)
@@ -139,10 +133,10 @@ def _dropout() -> Iterator[Case]:
         yield stack_case(shape, link="frameworks", base=base, **common)
     for features in _FEATURES:
         yield stack_case(UNEVEN, link="frameworks", **features, **common)
-    for strategy, world in (*product(_STRATEGIES, (2, 3)), ("hsdp", 4), ("ddp", 2)):
+    for strategy, world in (*product(FSDP, (2, 3)), ("hsdp", 4), ("ddp", 2)):
         at = {"link": "shards", "strategy": strategy, "world": world}
         yield stack_case(UNEVEN, bias=True, **at, **common)
-        for base, compute in _PRECISIONS[::2] if strategy in _STRATEGIES else ():
+        for base, compute in _PRECISIONS[::2] if strategy in FSDP else ():
             precision = {"base": base, "compute": compute}
             yield stack_case(UNEVEN, proof="one-hot", steps=world, dropout=0.5, **precision, **at)
 
@@ -151,38 +145,8 @@ def _bounded(tier: str) -> Iterator[Case]:
     """Link 2 on Gaussian data with every rank contributing: within the derived bound of the unsharded result."""
     shapes = SHAPES if tier == "full" else (UNEVEN, THIN)
     worlds = (2, 3, 4, 8) if tier == "full" else (2, 4)
-    for shape, strategy, world, base in product(shapes, _STRATEGIES, worlds, ("float32", "nf4")):
+    for shape, strategy, world, base in product(shapes, FSDP, worlds, ("float32", "nf4")):
         yield stack_case(shape, link="shards", proof="bound", strategy=strategy, world=world, base=base, steps=2)
-
-
-def _bfloat16() -> Iterator[Case]:
-    """Compute in bfloat16, bitwise: lattices whose every product and sum it holds, alone and on ranks that add them up.
-
-    Two layers certify in four bits alone; odd worlds multiply the cotangent by what bfloat16 does not hold.
-    """
-    narrow = {"proof": "lattice", "compute": "bfloat16"}
-    layers = [layer_of(shape, position) for shape in SHAPES for position in range(len(shape.layers))]
-    for layer, base in product(layers, ("bfloat16", "nf4")):
-        yield stack_case(layer, link="frameworks", base=base, **narrow)
-    yield stack_case(UNEVEN, link="frameworks", base="nf4", tokens=8, **narrow)
-    last = layer_of(UNEVEN, 1)
-    for base, features in product(("bfloat16", "nf4"), _NARROW_FEATURES):
-        yield stack_case(last, link="frameworks", base=base, tokens=8, **features, **narrow)
-    for (strategy, world), base in product(_PLACES, ("bfloat16", "nf4")):
-        yield stack_case(last, link="shards", base=base, strategy=strategy, world=world, **narrow)
-    for strategy, world in (("fsdp1", 2), ("fsdp2", 2), ("hsdp", 4)):
-        wire = {"param_dtype": "bfloat16", "reduce_dtype": "bfloat16"}
-        yield stack_case(last, link="shards", base="bfloat16", strategy=strategy, world=world, **wire, **narrow)
-
-
-_PLACES = (("fsdp1", 2), ("fsdp1-orig", 2), ("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("ddp", 2))
-"""Strategies at worlds that are powers of two."""
-_NARROW_FEATURES: tuple[dict[str, Any], ...] = (
-    {"bias": True},
-    {"zero_rows": True, "bias": True},
-    {"zero_b": True},
-    {"dropout": 0.5},
-)
 
 
 def _neutral() -> Iterator[Case]:
@@ -190,7 +154,7 @@ def _neutral() -> Iterator[Case]:
     fresh = {"proof": "neutral", "zero_b": True, "bias": True}
     for base, compute in _PRECISIONS:
         yield stack_case(UNEVEN, link="frameworks", base=base, compute=compute, **fresh)
-    for strategy, base in product(_STRATEGIES, ("float32", "nf4")):
+    for strategy, base in product(FSDP, ("float32", "nf4")):
         yield stack_case(UNEVEN, link="shards", strategy=strategy, world=2, base=base, **fresh)
 
 
@@ -214,60 +178,11 @@ def _methods() -> Iterator[Case]:
         yield stack_case(UNEVEN, link="shards", base=base, compute="bfloat16", **one_hot, **lora)
 
 
-def _meshes() -> Iterator[Case]:
-    """S9: every mesh of replicas and shards up to eight ranks, with narrow wires that must not reach adapters (D11)."""
-    for (replicas, shards), strategy in product(((2, 3), (3, 2), (4, 2)), ("hsdp", "fsdp1-hybrid")):
-        world = replicas * shards
-        at = {"link": "shards", "strategy": strategy, "world": world, "replicas": replicas}
-        yield stack_case(UNEVEN, proof="lattice", base="nf4", **at)
-    for (replicas, shards), strategy in product(((2, 2), (2, 3), (3, 2)), ("hsdp", "fsdp1-hybrid")):
-        at = {"link": "shards", "strategy": strategy, "world": replicas * shards, "replicas": replicas}
-        narrow = {"compute": "bfloat16", "param_dtype": "bfloat16", "reduce_dtype": "bfloat16"}
-        if replicas == shards:  # else an axis of 3 divides by itself, and rounds where the twin does not
-            yield stack_case(UNEVEN, proof="one-hot", steps=4, **narrow, **at)
-        yield stack_case(UNEVEN, proof="bound", steps=2, reduce_dtype="bfloat16", **at)
-    for strategy, world in (("fsdp1", 2), ("fsdp1-orig", 2), ("fsdp2", 2), ("hsdp", 4), ("fsdp1-hybrid", 4)):
-        at = {"link": "shards", "strategy": strategy, "world": world, "keep_gathered": True}
-        yield stack_case(UNEVEN, proof="one-hot", base="nf4", steps=world, **at)
-
-
-def world_cases(world: int) -> Iterator[Case]:
-    """S1, S2 at any world: exact where the certificate reaches, and with one rank hot."""
-    for strategy, base in product(_STRATEGIES, ("float32", "nf4")):
-        at = {"link": "shards", "strategy": strategy, "world": world, "base": base}
-        if odd_part(world) <= LARGEST_ODD_PART["float32"]:
-            yield stack_case(UNEVEN, proof="lattice", **at)
-        elif base == "nf4":
-            yield stack_case(UNEVEN, proof="one-hot", steps=2, **at)
-
-
-def _worlds(tier: str) -> Iterator[Case]:
-    """S1, S2 at the other worlds; at 16 and with fewer tokens than ranks some ranks have nothing at all."""
-    for world in (5, 6, 7, 8, 16) if tier == "full" else (5,):
-        yield from world_cases(world)
-    for strategy in _STRATEGIES:
-        yield stack_case(UNEVEN, link="shards", proof="lattice", strategy=strategy, world=3, tokens=2)
-
-
-_COUNTED = (("fsdp1", 2), ("fsdp1-orig", 2), ("fsdp2", 2), ("hsdp", 4), ("fsdp1-hybrid", 4))
-"""Strategies whose collectives torch's dispatcher sees; DDP's reducer goes past it."""
-
-
-def _counted() -> Iterator[Case]:
-    """S7, S9, S11: how often a step gathers and reduces, which says what the units are."""
-    for strategy, world in _COUNTED:
-        at = {"link": "shards", "strategy": strategy, "world": world, "counted": True}
-        yield stack_case(UNEVEN, proof="lattice", bias=True, **at)
-        yield stack_case(UNEVEN, proof="lattice", keep_gathered=True, **at)
-        for late in (False, True):
-            yield stack_case(UNEVEN, proof="lattice", tokens=32, accumulate=3, late=late, **at)
-
-
 def _start() -> Iterator[Case]:
     """The magnitude at start (D6), from the weight that the forward uses: unsharded by bound, sharded bitwise."""
     for (base, compute), zero_b in product(_PRECISIONS, (False, True)):
         yield _start_case(UNEVEN, link="frameworks", base=base, compute=compute, zero_b=zero_b)
-    for strategy, base in product(_STRATEGIES, ("float32", "nf4")):
+    for strategy, base in product(FSDP, ("float32", "nf4")):
         yield _start_case(UNEVEN, link="shards", strategy=strategy, world=3, base=base)
     for shape, base, subject in product(SHAPES, ("float32", "nf4"), ("torch_impl", "jax")):
         yield _start_case(shape, proof="root", link="frameworks", base=base, subject=subject)

@@ -24,7 +24,7 @@ from parity.shard import Shard
 
 ROOT_ULPS = 1.0
 """A square root of an exact number: half a unit where it is correctly rounded, one where it is faithful."""
-COARSEST = {"float32": 1e-3, "float64": 1e-3, "bfloat16": 2e-2}
+COARSEST = {"float32": 1e-3, "float64": 1e-3, "bfloat16": 2e-2, "float16": 2e-2}
 """By compute dtype: the uniform relative error that a check must see, or it is vacuous."""
 PER_TOKEN = ("output", "input_gradient", "loss")
 """Kinds that belong to the tokens of one rank, and are sharded as they are."""

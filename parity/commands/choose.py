@@ -7,7 +7,7 @@ from typing import Protocol, get_args
 
 from parity.case import Case
 from parity.cases import TIERS, Tier, cases_of
-from parity.cases.stacks import world_cases
+from parity.cases.meshes import world_cases
 from parity.commands.expression import compile_expression
 from parity.errors import CannotRun, NoCaseMatches, WorldNotInTier
 

@@ -2,7 +2,7 @@
 
 Axis legend: T tokens, O out, I in, R rank. A quantity on the lattice `unit * integers` is exact in any order of
 summation when the sum of its absolute terms is at most `2^p` units, p being the significand's bits (24 for
-float32; 8 where a product is rounded to bfloat16).
+float32; 8 where a product is rounded to bfloat16, 11 where to float16, whose range no such sum leaves).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from parity.cases.worlds import LARGEST_ODD_PART, odd_part
 from parity.errors import LatticeNotExact
 
 _FLOAT32_BITS = 24
-_BFLOAT16_BITS = 8
+_NARROW_BITS = {"bfloat16": 8, "float16": 11}
 EXACT_DROPOUTS = (0.0, 0.5, 0.75)
 """The rates at which what is kept is multiplied by a power of two (D9)."""
 
@@ -87,10 +87,10 @@ class _Ledger:
         self.allowed: dict[str, float] = {}
 
     def note(self, name: str, terms: np.ndarray, unit: float, *, rounded: bool = False) -> None:
-        """Record one quantity; `rounded` where a bfloat16 product stores it."""
-        narrow = rounded and self.case.compute == "bfloat16"
+        """Record one quantity; `rounded` where a product stores it in the compute dtype."""
+        bits = _NARROW_BITS.get(self.case.compute, _FLOAT32_BITS) if rounded else _FLOAT32_BITS
         self.units[name] = float(np.max(terms, initial=0.0)) / unit
-        self.allowed[name] = 2.0 ** (_BFLOAT16_BITS if narrow else _FLOAT32_BITS)
+        self.allowed[name] = 2.0**bits
 
     def forward(self, name: str, layer: dict, x: np.ndarray, unit: float) -> tuple[np.ndarray, float]:
         """The norm in its direct and factored forms, then the output. The ratio c is 1/2, 1 or 2."""

@@ -17,6 +17,8 @@ from parity.errors import LatticeNotExact
 from parity.inputs.certificate import certify, require_exact_squares, require_gradients
 from parity.inputs.gaussian import drawn_masks
 
+NARROW = ("bfloat16", "float16")
+"""Compute dtypes whose significand is so short that sums must be."""
 _WIDE = 2.0
 """A scaling beyond which an update has one tap a row: s^2 a tap must leave room in the square."""
 _ATTEMPTS = 512
@@ -89,7 +91,7 @@ def _make_rows_hard(case: Case, layer: dict[str, np.ndarray]) -> None:
 
 
 def _draw(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray]:
-    density = _SPARSE if case.compute == "bfloat16" else _DENSE
+    density = _SPARSE if case.compute in NARROW else _DENSE
     arrays: dict[str, np.ndarray] = {}
     for position, (fan_in, fan_out) in enumerate(case.layers):
         draw = _quantised_layer if case.base in {"nf4", "fp4"} else _dense_layer
@@ -103,7 +105,7 @@ def _draw(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray]:
 
 def _dense_layer(case: Case, generator: np.random.Generator, *, fan_in: int, fan_out: int) -> dict[str, np.ndarray]:
     """Choose V first; then W = V - s B A is a small integer, and overlaps s B A wherever V does."""
-    density = _SPARSE if case.compute == "bfloat16" else _DENSE
+    density = _SPARSE if case.compute in NARROW else _DENSE
     count = _square_count(fan_in)
     V = np.stack([_row(generator, fan_in, count) for _ in range(fan_out)])
     lora_A = _signs(generator, (case.rank, fan_in), density.A)
@@ -148,7 +150,7 @@ def _overlapping_row(generator: np.random.Generator, update: np.ndarray, count: 
 def _finish(case: Case, generator: np.random.Generator, **layer: np.ndarray) -> dict[str, np.ndarray]:
     """Add the dyadic magnitudes and the bias."""
     norm = np.linalg.norm(layer["weight"] + case.scaling * (layer["lora_B"] @ layer["lora_A"]), axis=1)
-    ratio = generator.choice([0.5, 1.0, 2.0], size=len(norm)) if case.compute != "bfloat16" else np.ones(len(norm))
+    ratio = generator.choice([0.5, 1.0, 2.0], size=len(norm)) if case.compute not in NARROW else np.ones(len(norm))
     layer["magnitude"] = np.where(norm > 0, norm * ratio, 1.0)
     if case.bias:
         bias = generator.integers(-2, 3, size=len(norm)).astype(np.float64)

@@ -121,17 +121,76 @@ class MagnitudeFromWrongWeight(Mutant):
 
 
 class MagnitudeDtype(Mutant):
-    """The forward sees the magnitude rounded to bfloat16."""
+    """The magnitude is a bfloat16 parameter, as after `model.to(torch.bfloat16)`."""
+
+    def build(self, case: Case, device: str) -> nn.Module:
+        """Cast it before anything is sharded; a magnitude that bfloat16 can hold keeps its values."""
+        model = super().build(case, device)
+        for layer in model.modules():
+            if isinstance(layer, layers.DoraLayer) and layer.magnitude is not None:
+                layer.magnitude = nn.Parameter(layer.magnitude.detach().bfloat16())
+        return model
 
     def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
-        """Round what the ratio is made from; the other use of `ratio` divides a gradient, and is left alone."""
+        """`build` has done it."""
+        return contextlib.nullcontext()
+
+
+class NormFromNarrowFactors(Mutant):
+    """The norm is taken of the factors that the products use, cast to the compute dtype."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Cast A and B, unless they are multiplied in float32 anyway."""
+
+        def narrow(W: Tensor, A: Tensor, B: Tensor, *, scaling: float) -> Tensor:
+            dtype = torch.bfloat16 if case.compute == "bfloat16" else torch.float32
+            return _right_norm(W, A.to(dtype).float(), (B * _THIRD).to(dtype).float() / _THIRD, scaling=scaling)
+
+        return mock.patch.object(layers, "weight_norm", narrow)
+
+
+_THIRD = 1 / 3
+"""Makes numbers that bfloat16 holds into some that it does not, as trained factors are."""
+
+
+class ReciprocalRatio(Mutant):
+    """c = m * (1 / n): rounded twice, so that a fresh adapter's ratio is not always 1."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Another ratio."""
+
+        def twice_rounded(m: Tensor, n: Tensor) -> Tensor:
+            return torch.where(n > 0, m * (1 / n), torch.zeros_like(n))
+
+        return mock.patch.object(layers, "ratio", twice_rounded)
+
+
+class BiasLostOnZeroRows(Mutant):
+    """y = where(c = 0, 0, c y0 + b): a zero row gives 0, and not its bias."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Mask the output."""
         forward = _Product.forward
 
-        def rounding(ctx: object, arithmetic: object, stored: Tensor, *tensors: Tensor | None) -> Tensor:
-            x, A, B, m, bias = tensors
-            return forward(ctx, arithmetic, stored, x, A, B, m.bfloat16().float(), bias)
+        def masking(ctx: object, arithmetic: object, stored: Tensor, *tensors: Tensor | None) -> Tensor:
+            y = forward(ctx, arithmetic, stored, *tensors)
+            return y.masked_fill(ctx.to_save[3] == 0, 0)
 
-        return mock.patch.object(_Product, "forward", staticmethod(rounding))
+        return mock.patch.object(_Product, "forward", staticmethod(masking))
+
+
+class OutputScaled(Mutant):
+    """The last layer gives half as much again, and its backward pass knows nothing of it."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Scale what comes out; gradients with respect to parameters stay right."""
+        forward = _Product.forward
+
+        def scaling(ctx: object, arithmetic: object, stored: Tensor, *tensors: Tensor | None) -> Tensor:
+            y = forward(ctx, arithmetic, stored, *tensors)
+            return 1.5 * y if y.shape[-1] == case.layers[-1][1] else y
+
+        return mock.patch.object(_Product, "forward", staticmethod(scaling))
 
 
 class BiasScaled(Mutant):
@@ -201,6 +260,10 @@ LAYER_MUTANTS = (
     NormOfDeltaOnly,
     MagnitudeFromWrongWeight,
     MagnitudeDtype,
+    NormFromNarrowFactors,
+    ReciprocalRatio,
+    BiasLostOnZeroRows,
+    OutputScaled,
     BiasScaled,
     DropoutOnFactorsOnly,
     StaleNorm,

@@ -94,4 +94,55 @@ class AdapterReducedNarrow(Mutant):
         return mock.patch.object(sharding, "fully_shard", casting)
 
 
-TRAINING_MUTANTS = (MeanOfMeans, GradNormPerShard, OptimizerStateLost, OptimizerStateDtype, AdapterReducedNarrow)
+class LateIgnored(Mutant):
+    """Gradients that are to be reduced once a step are reduced with every backward pass."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Always synchronise."""
+        right = accumulation.synchronised
+        return mock.patch.object(accumulation, "synchronised", lambda model, **_: right(model, when=True))
+
+
+class RatesLost(Mutant):
+    """A checkpoint's learning rate and other settings are not restored."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Read everything, and keep the settings that the optimizer was made with."""
+        right = checkpoint.load_
+
+        def keeping(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> checkpoint.Saved:
+            made_with = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
+            saved = right(folder, model, optimizer)
+            for group, settings in zip(optimizer.param_groups, made_with, strict=True):
+                group.update(settings)
+            return saved
+
+        return mock.patch.object(checkpoint, "load_", keeping)
+
+
+class GeneratorLost(Mutant):
+    """A checkpoint's generators are not restored: dropout draws other masks after resumption."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Read everything, and go on drawing from where the process stands."""
+        right = checkpoint.load_
+
+        def drawing_on(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> checkpoint.Saved:
+            state = torch.get_rng_state()
+            saved = right(folder, model, optimizer)
+            torch.set_rng_state(state)
+            return saved
+
+        return mock.patch.object(checkpoint, "load_", drawing_on)
+
+
+TRAINING_MUTANTS = (
+    MeanOfMeans,
+    GradNormPerShard,
+    LateIgnored,
+    OptimizerStateLost,
+    RatesLost,
+    GeneratorLost,
+    OptimizerStateDtype,
+    AdapterReducedNarrow,
+)
