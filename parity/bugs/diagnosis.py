@@ -6,6 +6,8 @@ import dataclasses
 
 import numpy as np
 
+from parity.bugs.known import known_as
+from parity.bugs.record import Signature
 from parity.checks.shard_check import Check
 from parity.report.results import CaseResult
 
@@ -24,31 +26,33 @@ def diagnose(result: CaseResult) -> CaseResult:
 
 
 def _resemblance(result: CaseResult, failed: list[Check]) -> str:
-    world = result.case.world
-    wrong = {(check.kind.split(":")[0], check.tensor.rpartition(".")[2]) for check in failed}
-    ranks = {check.rank for check in failed}
+    signature = _signature(result, failed)
+    return known_as(signature) if signature else ""
+
+
+def _signature(result: CaseResult, failed: list[Check]) -> Signature | None:
+    """The first that fits: by place, by factor, by which tensors are wrong."""
+    world, copies = result.case.world, result.case.copies
     factors = _factors([check for check in failed if check.kind == "gradient" and check.step == 1])
     if any(check.kind == "layout" for check in failed):
-        return "ChunkFloor or AlignmentIgnored: a rank holds another part than S1 and S2 give it"
+        return Signature.PLACES
     if factors and _all_near(factors, world) and world > 1:
-        return "SumForMean: gradients are the world size too large (S3)"
-    if factors and _all_near(factors, result.case.copies) and result.case.copies > 1:
-        return "ReplicasSummed: gradients are the number of replicas too large (S9)"
-    if factors and _all_near(factors, 0.5) and len(ranks) == 1:
-        return f"OneRankHalved: rank {min(ranks)} has half of its gradient"
-    return _by_tensor(wrong)
+        return Signature.WORLD_TIMES
+    if factors and _all_near(factors, copies) and copies > 1:
+        return Signature.REPLICAS_TIMES
+    if factors and _all_near(factors, 0.5) and len({check.rank for check in failed}) == 1:
+        return Signature.ONE_RANK_HALF
+    return _by_tensor({(check.kind.split(":")[0], check.tensor.rpartition(".")[2]) for check in failed})
 
 
-def _by_tensor(wrong: set[tuple[str, str]]) -> str:
+def _by_tensor(wrong: set[tuple[str, str]]) -> Signature | None:
     """By which tensors are wrong, (kind, last word of the name)."""
     gradients = {leaf for kind, leaf in wrong if kind == "gradient"}
     if gradients == {"magnitude"}:
-        return "MagnitudeGradNotReduced: only magnitude gradients are wrong (S11)"
+        return Signature.MAGNITUDES_ALONE
     if gradients and "magnitude" not in gradients:
-        return "NormNotDetached: A and B are wrong and magnitudes right, as when the norm is differentiated (D5)"
-    if any(kind in {"packed", "decoded"} for kind, _ in wrong):
-        return "NibbleSwap, Nf4TieUp: the 4-bit codec differs (Q3 to Q5)"
-    return ""
+        return Signature.MATRICES_ALONE
+    return Signature.CODES if any(kind in {"packed", "decoded"} for kind, _ in wrong) else None
 
 
 def _factors(failed: list[Check]) -> list[float]:

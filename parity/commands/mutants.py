@@ -6,7 +6,6 @@ or dies with the bug in it is no kill: the check must have seen the numbers.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from parity.bugs.known import FLAGS
-from parity.bugs.plans import PLANS
+from parity.bugs.known import BUGS
 from parity.case import Case
 from parity.cases import cases_of
 from parity.checks.shard_check import Check
@@ -58,7 +56,7 @@ class Verdict:
 
 def try_mutant(name: str, pipeline: Pipeline) -> Verdict:
     """Run one mutant on its cases."""
-    plan = PLANS[name]
+    plan = BUGS[name]
     matches = compile_expression(plan.keep)
     cases = [case for case in cases_of("quick") if case.subject == "torch_impl" and matches(case)]
     results = tuple(pipeline.run((case, f"mutant:{name}") for case in cases))
@@ -89,7 +87,7 @@ def control_results(names: Iterable[str], pipeline: Pipeline) -> Iterator[CaseRe
 def control_case(name: str) -> Case:
     """A case that stands for a mutant in the results."""
     return Case(
-        link="controls", model="stack", proof="bound", shape_name=name, subject="mutant", clauses=FLAGS[name].clauses
+        link="controls", model="stack", proof="bound", shape_name=name, subject="mutant", clauses=BUGS[name].clauses
     )
 
 
@@ -117,9 +115,9 @@ def run_mutants(only: str, json: Path | None, console: Console) -> int:
     Raises:
         NoCaseMatches: no mutant is called that.
     """
-    names = [name for name in PLANS if only.lower() in name.lower()]
+    names = [name for name in BUGS if only.lower() in name.lower()]
     if not names:
-        raise NoCaseMatches(f"no mutant has {only!r} in its name", hint=f"they are {', '.join(PLANS)}")
+        raise NoCaseMatches(f"no mutant has {only!r} in its name", hint=f"they are {', '.join(BUGS)}")
     verdicts = []
     with Pipeline(cache=cache_directory()) as pipeline:
         for name in names:
@@ -137,7 +135,7 @@ def run_mutants(only: str, json: Path | None, console: Console) -> int:
 
 def _show(verdict: Verdict, console: Console) -> None:
     word = "[green]killed[/]  " if verdict.killed else "[red]SURVIVES[/]"
-    console.print(f"{word} {verdict.name:26} {escape(FLAGS[verdict.name].bug)}", soft_wrap=True, highlight=False)
+    console.print(f"{word} {verdict.name:26} {escape(BUGS[verdict.name].bug)}", soft_wrap=True, highlight=False)
     console.print(f"         by {escape(verdict.named)}", soft_wrap=True, highlight=False)
     if verdict.missed:
         missed = ", ".join(f"{kind} of {tensor}" for kind, tensor in verdict.missed)
@@ -145,5 +143,6 @@ def _show(verdict: Verdict, console: Console) -> None:
 
 
 def _as_json(verdict: Verdict) -> dict:
-    flag = dataclasses.asdict(FLAGS[verdict.name])
+    bug = BUGS[verdict.name]
+    flag = {field: getattr(bug, field) for field in ("name", "bug", "effect", "source", "clauses")}
     return {**flag, "killed": verdict.killed, "failed": sorted(map(list, verdict.failed)), "named": verdict.named}

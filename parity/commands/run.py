@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from parity.bugs.diagnosis import diagnose
-from parity.bugs.plans import CONTROLS
+from parity.bugs.known import CONTROLS
 from parity.case import Case
 from parity.commands.choose import choose
 from parity.commands.judge import with_judges

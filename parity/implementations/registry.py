@@ -8,7 +8,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from parity.bugs.plans import PLANS
+from parity.bugs.known import BUGS
 from parity.errors import UnknownImplementation
 from parity.implementations.protocol import Implementation
 
@@ -44,7 +44,7 @@ def check_exists(name: str) -> None:
     if name in _BUILT_IN:
         return
     module, _, class_name = name.partition(":")
-    if module == MUTANT and class_name in PLANS:
+    if module == MUTANT and class_name in BUGS:
         return
     if not class_name:
         known = ", ".join(TORCH_IMPLEMENTATIONS)

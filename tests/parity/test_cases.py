@@ -1,13 +1,16 @@
 """The declared cases: each has its own name, cites clauses that exist, and between them no clause is left bare."""
 
+import ast
 import re
 from collections import Counter
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
-from parity.bugs.known import FLAGS
-from parity.bugs.plans import PLANS
+from parity.bugs import diagnosis
+from parity.bugs.known import BUGS, known_as
+from parity.bugs.record import Signature
 from parity.case import LINKS
 from parity.cases import TIERS, cases_of
 from parity.commands.choose import choose
@@ -79,21 +82,40 @@ def test_every_rank_is_hot_once(case):
     assert {case.hot_rank(step) for step in range(case.steps)} == set(range(case.world))
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", BUGS)
 def test_mutants_have_cases(name):
     """The cases that a mutant is tried on exist, and belong to the implementation that it mutates."""
-    matches = compile_expression(PLANS[name].keep)
+    matches = compile_expression(BUGS[name].keep)
 
     assert [case.id for case in QUICK if matches(case) and case.subject == "torch_impl"] != []
 
 
-def test_every_flag_has_a_plan():
-    """A known bug has a mutant, and a mutant a known bug."""
-    assert set(FLAGS) == set(PLANS)
+def test_every_bug_has_a_mutant():
+    """A known bug has a mutant of its name, and a mutant a record."""
+    families = Path(diagnosis.__file__).parents[1] / "implementations" / "mutants"
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in families.glob("*.py")]
+    classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+
+    assert {name for name, node in classes.items() if any(ast.unparse(b) == "Mutant" for b in node.bases)} == set(BUGS)
 
 
-@pytest.mark.parametrize("name", FLAGS)
+@pytest.mark.parametrize("signature", Signature, ids=lambda signature: signature.name)
+def test_diagnosis_names_known_bugs_alone(signature):
+    """What a failure is said to look like is a bug that the suite knows, and has seen itself find."""
+    names = known_as(signature).partition(":")[0].split(", ")
+
+    assert set(names) <= set(BUGS)
+
+
+def test_readme_counts_the_bugs():
+    """README says how many bugs `make mutants` puts in."""
+    readme = Path(diagnosis.__file__).parents[2] / "README.md"
+
+    assert f"{len(BUGS)} known bugs" in readme.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", BUGS)
 def test_flags_cite_clauses_that_exist(name):
     """A known bug violates clauses of SPEC.md."""
-    assert FLAGS[name].clauses
-    assert set(FLAGS[name].clauses) - set(CLAUSES) == set()
+    assert BUGS[name].clauses
+    assert set(BUGS[name].clauses) - set(CLAUSES) == set()

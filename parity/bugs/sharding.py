@@ -1,0 +1,86 @@
+"""Bugs of sharding: the unsharded run is right."""
+
+from __future__ import annotations
+
+from parity.bugs.record import GRADIENTS, Bug, Signature
+
+SHARDING = (
+    Bug(
+        name="SumForMean",
+        bug="sums gradients over ranks",
+        effect="gradients world times too large",
+        source="FSDP's divisor",
+        clauses=("S3",),
+        keep="stack/one-hot and w3/uneven/float32-float32/plain",
+        kills=GRADIENTS,
+        signature=Signature.WORLD_TIMES,
+    ),
+    Bug(
+        name="ReplicasSummed",
+        bug="sums gradients across replicas instead of averaging them",
+        effect="every step is as many times too long as there are replicas",
+        source="hybrid sharding's two reductions (S9)",
+        clauses=("S3", "S9"),
+        keep="stack/one-hot and hsdp-w4/uneven/float32-float32/plain",
+        kills=GRADIENTS,
+        signature=Signature.REPLICAS_TIMES,
+    ),
+    Bug(
+        name="OneRankHalved",
+        bug="halves the gradient on one rank",
+        effect="one slice learns slowly",
+        source="loss scaling",
+        clauses=("S3",),
+        keep="stack/one-hot and w3/uneven/float32-float32/plain",
+        kills=GRADIENTS,
+        signature=Signature.ONE_RANK_HALF,
+    ),
+    Bug(
+        name="MagnitudeGradNotReduced",
+        bug="never reduces the magnitude's gradient across ranks",
+        effect="magnitudes drift apart, or follow one rank's data",
+        source="axolotl (S11)",
+        clauses=("S3", "S11"),
+        keep="stack/one-hot and w3/uneven/float32-float32/plain",
+        kills=(("gradient", "magnitude"),),
+        signature=Signature.MAGNITUDES_ALONE,
+    ),
+    Bug(
+        name="ShardSwap",
+        bug="gives two ranks each other's shard",
+        effect="parameters are permuted",
+        source="resharding",
+        clauses=("S1",),
+        keep="stack/one-hot and w3/uneven/float32-float32/plain",
+        kills=(*GRADIENTS, ("parameter", "lora_B")),
+    ),
+    Bug(
+        name="ChunkFloor",
+        bug="cuts dim 0 by floor instead of ceil",
+        effect="indices are off",
+        source="hand-made sharding",
+        clauses=("S1",),
+        keep="stack/one-hot and fsdp2-w3/uneven/float32-float32/plain",
+        kills=(("layout", "lora_B"), ("gradient", "lora_A"), ("gradient", "lora_B")),
+        signature=Signature.PLACES,
+    ),
+    Bug(
+        name="AlignmentIgnored",
+        bug="lays members out without their alignment",
+        effect="indices are off after the first member",
+        source="hand-made flat parameters",
+        clauses=("S2",),
+        keep="stack/one-hot and fsdp1-orig-w3/uneven/float32-float32/plain",
+        kills=(("layout", "magnitude"), ("gradient", "lora_B"), ("gradient", "magnitude")),
+        signature=Signature.PLACES,
+    ),
+    Bug(
+        name="AdapterCastOnWire",
+        bug="lets param_dtype reach A, B and the magnitude",
+        effect="|c - 1| of 3e-3 at the start",
+        source="FSDP mixed precision",
+        clauses=("D11",),
+        keep="stack/one-hot and w3/uneven/float32-float32/plain",
+        kills=GRADIENTS,
+    ),
+)
