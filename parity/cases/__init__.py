@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 from parity.case import Case
@@ -25,6 +26,12 @@ def cases_of(tier: Tier) -> list[Case]:
     First stacks, then networks; one-hot cases before the others, since they keep the ranks busy while the oracle,
     which they do not need, works ahead; small worlds before large ones.
     """
+    return [*_cases_of(tier)]
+
+
+@functools.cache
+def _cases_of(tier: Tier) -> tuple[Case, ...]:
+    """Declared once: the covering arrays are a search."""
     cases = [
         *algebra_cases(),
         *codec_cases(),
@@ -37,6 +44,7 @@ def cases_of(tier: Tier) -> list[Case]:
     ]
     known = {case.id for case in cases}
     cases += [case for case in covering_cases() if case.id not in known]  # plain rows stand above already
-    return sorted(
+    order = sorted(
         cases, key=lambda case: (case.model == "pretrained", case.blocks, case.proof != "one-hot", case.world)
     )
+    return tuple(order)

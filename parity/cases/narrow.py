@@ -21,6 +21,7 @@ def narrow_cases() -> Iterator[Case]:
     for layer, base in product(layers, ("bfloat16", "nf4")):
         yield stack_case(layer, link="frameworks", base=base, **narrow)
     yield stack_case(UNEVEN, link="frameworks", base="nf4", tokens=8, **narrow)
+    yield stack_case(layer_of(UNEVEN, 1), link="frameworks", base="float32", **narrow)
     last = layer_of(UNEVEN, 1)
     for base, features in product(("bfloat16", "nf4"), _NARROW_FEATURES):
         yield stack_case(last, link="frameworks", base=base, tokens=8, **features, **narrow)
