@@ -17,6 +17,7 @@ from parity.bugs.known import BUGS
 from parity.case import Case
 from parity.cases import cases_of
 from parity.checks.shard_check import Check
+from parity.commands.earned import earned_by, show_earned, together
 from parity.commands.expression import compile_expression
 from parity.errors import NoCaseMatches
 from parity.models.pretrained import cache_directory
@@ -125,9 +126,12 @@ def run_mutants(only: str, json: Path | None, console: Console) -> int:
             verdicts.append(verdict)
             _show(verdict, console)
     survivors = [verdict.name for verdict in verdicts if not verdict.killed]
+    earned = together(earned_by(verdict.name, verdict.results) for verdict in verdicts)
     if json:
-        write_json(json, {"schema": 1, "mutants": [_as_json(verdict) for verdict in verdicts]})
+        write_json(json, {"schema": 1, "mutants": [_as_json(verdict) for verdict in verdicts], "earned": earned})
     console.print(f"{len(verdicts) - len(survivors)} of {len(verdicts)} mutants killed", highlight=False)
+    if not only:
+        show_earned(earned, console)
     if survivors:
         console.print(f"[bold red]SURVIVE[/]: {', '.join(survivors)}", soft_wrap=True)
     return 1 if survivors else 0
