@@ -242,7 +242,7 @@ BODY = bytes(24)
 
 def answer(row=None, **fields):
     """The header of an answer with one shard."""
-    usual = {"shards": [row or ROW], "seconds": 0.5, "refused": None, "units": "", "said": ""}
+    usual = {"shards": [row or ROW], "seconds": 0.5, "refused": None, "units": "", "gives": [], "said": ""}
     return [usual | fields]
 
 
