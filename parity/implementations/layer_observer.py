@@ -36,6 +36,6 @@ def layer_observer(model: nn.Module) -> Callable[[int], Iterator[Shard]]:
 
 def _keep(seen: dict[str, tuple[Tensor, Tensor]], name: str, *hooked: Any) -> None:
     """Copy c and n of a forward that is differentiated; the last one of a step stays. Another product gives none."""
-    saved = getattr(getattr(hooked[-1], "grad_fn", None), "saved_tensors", ())
+    saved: Any = getattr(getattr(hooked[-1], "grad_fn", None), "saved_tensors", ())
     if len(saved) > _NORM:
         seen[name] = (saved[_RATIO].clone(), saved[_NORM].clone())
