@@ -65,7 +65,7 @@ def costs(plan: Plan, shard: ShardConfig, *, world_size: int, size: int, activat
     trained = [_shard_bytes(unit, shard, size=size, trainable=True) for unit in plan.units]
     parameters, gradients = sum(held), sum(trained)
     at_rest = parameters + plan.buffer_bytes + gradients * (1 + OPTIMIZER_COPIES)
-    gathered = _gathered(plan) if size > 1 else 0
+    gathered = _gathered(plan, shard) if size > 1 else 0
     decoded = max((_decoded(unit) for unit in plan.units), default=0)
     kept = at_rest - gradients  # there are none until the backward pass
     return Costs(
@@ -95,8 +95,10 @@ def _shard_bytes(unit: Unit, shard: ShardConfig, *, size: int, trainable: bool =
     return sum(shard_numel(u, shard.strategy, size=size, rank=0) * u.members[0].dtype.itemsize for u in alone)
 
 
-def _gathered(plan: Plan) -> int:
-    """Root, largest block, and the two largest layers (base and adapter of one are gathered together)."""
+def _gathered(plan: Plan, shard: ShardConfig) -> int:
+    """Root, largest block, and the two largest layers (base and adapter of one are gathered together); or all units."""
+    if not shard.reshard_after_forward:
+        return sum(unit.wire_bytes() for unit in plan.units)
     by_rule: dict[str, list[int]] = {"root": [0], "block": [0]}
     layers: dict[str, int] = {}
     for unit in plan.units:
@@ -139,5 +141,5 @@ def _wire(unit: Unit, shard: ShardConfig, *, world_size: int, size: int) -> int:
     across = 2 * reduced // size * (replicas - 1) // replicas if shard.strategy in ("ddp", *REPLICATED) else 0
     if size == 1:
         return across
-    gathers = 1 if unit.rule in ("root", "bias") else 2
+    gathers = 1 if unit.rule in ("root", "bias") or not shard.reshard_after_forward else 2
     return (gathers * _whole_bytes(unit, shard, size=size) + reduced) * (size - 1) // size + across

@@ -98,9 +98,10 @@ def _fully_shard(model: nn.Module, config: ShardConfig) -> Wrap:
             param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=cast_inputs
         )
         offload = {"offload_policy": CPUOffloadPolicy()} if config.cpu_offload else {}
-        kept = config.reshard_after_forward
+        # torch's own default cuts again all units but the root, which the backward needs first
+        again = None if config.reshard_after_forward else False
         return cast(
-            "nn.Module", fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=kept, **offload)
+            "nn.Module", fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=again, **offload)
         )
 
     return wrap

@@ -27,10 +27,10 @@ def lead_family() -> None:
     adopt_orphans()
 
 
-def adopt_orphans() -> None:
-    """Become the parent of descendants that lose theirs; only Linux can."""
+def adopt_orphans(adopt: bool = True) -> None:
+    """Become the parent of descendants that lose theirs, or no longer; only Linux can."""
     with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
+        ctypes.CDLL(None).prctl(_SUBREAPER, int(adopt), 0, 0, 0)
 
 
 def end_families(leaders: Iterable[int]) -> None:
@@ -100,6 +100,7 @@ def ended_with_us() -> Iterator[None]:
         own = getattr(getattr(forkserver, "_forkserver", None), "_forkserver_pid", None)
         tracker = getattr(getattr(resource_tracker, "_resource_tracker", None), "_pid", None)
         end_descendants(ours, {*before, *filter(None, (own, tracker))})
+        adopt_orphans(False)  # whoever calls a command from Python need not bury what others leave later
 
 
 def leads(pid: int) -> bool:

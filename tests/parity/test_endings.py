@@ -13,7 +13,7 @@ from commands import COMMAND
 
 from parity.workers.folders import sweep_leftovers
 
-pytestmark = [pytest.mark.distributed, pytest.mark.long]  # kills and hangs: slow by nature
+pytestmark = pytest.mark.distributed
 
 KEEP = "fsdp2-w2/thin and plain and (one-hot and float32-float32 or lattice and nf4)"
 """Two cases: `SleepsOnNf4` passes the first and hangs in the second."""

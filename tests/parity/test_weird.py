@@ -171,7 +171,8 @@ def judge(tmp_path_factory):
         with Pipeline(cache=tmp_path_factory.mktemp("cache"), seconds=20.0) as running:
             yield running
             started = [p for p in psutil.Process().children(recursive=True) if p.name() == "sleep"]
-        assert [process for process in started if process.is_running()] == []
+        _, left = psutil.wait_procs(started, timeout=10)
+        assert [process for process in left if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
 @pytest.fixture

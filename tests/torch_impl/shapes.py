@@ -34,10 +34,10 @@ def held(*, rank: int, world: int, strategy: str, kind: str) -> tuple[tuple[int,
     return (kept, buffers), (counted.parameters, counted.buffers)
 
 
-def sent(*, rank: int, world: int, strategy: str, kind: str) -> tuple[int, int]:
+def sent(*, rank: int, world: int, strategy: str, kind: str, again: bool) -> tuple[int, int]:
     """Bytes that one step's gathers and reductions send from this rank, and as counted."""
     model = llama.build(kind)
-    shard = ShardConfig(strategy=strategy)
+    shard = ShardConfig(strategy=strategy, reshard_after_forward=again)
     plan = plan_units(model, shard)
     model = shard_model(model, shard)
     whole: list[int] = []

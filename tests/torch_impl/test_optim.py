@@ -71,7 +71,7 @@ BAD = {
     "clip_norm": (-1.0, "--clip-norm -1.0 is below 0"),
     "weight_decay": (math.inf, "--weight-decay inf is below 0, or no finite number"),
     "seed": (2**70, "is beyond 64 bits"),
-    "shard_size": (2, "--shard-size 2 is hsdp's"),
+    "shard_size": (2, "--shard-size 2 needs replicas"),
     "eval_every": (1, "--eval-every 1 has nothing to read"),
     "target_modules": ("q_proj,", "'q_proj,' has an empty name"),
 }

@@ -227,11 +227,12 @@ def test_s1_s2_counted_shards_are_the_real_ones(pools: Pools, strategy: str, kin
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("again", [True, False], ids=["gathered-again", "kept"])
 @pytest.mark.parametrize("kind", ["f32", "nf4"])
 @pytest.mark.parametrize("strategy", ["fsdp1", "fsdp1-orig", "fsdp2"])
-def test_s3_counted_bytes_are_those_sent(pools: Pools, strategy: str, kind: str) -> None:
+def test_s3_counted_bytes_are_those_sent(pools: Pools, strategy: str, kind: str, again: bool) -> None:
     """What a step's gathers and reductions send is what was counted, byte for byte."""
-    answers = pools.run(2, "shapes:sent", strategy=strategy, kind=kind)
+    answers = pools.run(2, "shapes:sent", strategy=strategy, kind=kind, again=again)
 
     assert [real for real, _ in answers] == [counted for _, counted in answers]
 
