@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+_LONGEST_FOR_SOCKETS = 70
+"""Bytes of a folder's path: a Unix socket's has 107 at most, and multiprocessing adds 32."""
+_SHORT = "/tmp"  # noqa: S108 - multiprocessing makes a folder of its own in it, which nobody else can read
 _NAME = re.compile(r"dora-parity-(\d+)-\w+")
 
 
@@ -22,6 +27,18 @@ def sweep_leftovers() -> None:
         found = _NAME.fullmatch(path.name)
         if found and not path.is_symlink() and path.is_dir() and not _is_alive(int(found[1])):
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def room_for_sockets() -> Iterator[None]:
+    """Meanwhile new temporary folders lie where a socket's path fits, whatever TMPDIR is."""
+    chosen = tempfile.gettempdir()
+    if len(os.fsencode(chosen)) > _LONGEST_FOR_SOCKETS:
+        tempfile.tempdir = _SHORT
+    try:
+        yield
+    finally:
+        tempfile.tempdir = chosen
 
 
 def _is_alive(pid: int) -> bool:

@@ -29,7 +29,7 @@ from typing import Any
 from parity.errors import CaseFailed, CaseHung, NoAnswer
 from parity.printable import printable
 from parity.workers.family import end_families, leads
-from parity.workers.folders import own_folder
+from parity.workers.folders import own_folder, room_for_sockets
 from parity.workers.memory import rank_memory
 from parity.workers.wire import Frame, Source, has_spoken, is_listening, receive
 
@@ -179,7 +179,7 @@ class Workers:
                 process.start()
             return
         for _ in range(_FORK_SERVERS):
-            with _interrupts_held_back():
+            with _interrupts_held_back(), room_for_sockets():
                 forkserver.ensure_running()
             try:
                 process.start()

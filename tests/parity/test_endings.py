@@ -58,8 +58,8 @@ def offspring(run):
 
 @pytest.fixture
 def temporary(tmp_path):
-    """Where a command's temporary folders lie."""
-    folder = tmp_path / "temporary"
+    """Where a command's temporary folders lie: too deep for a socket's path, as users' may be."""
+    folder = tmp_path / ("temporary-" * 10)
     folder.mkdir()
     return folder
 
