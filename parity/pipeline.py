@@ -7,7 +7,6 @@ ranks; nothing that is expected ever reaches an implementation.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
 import traceback
 from collections import Counter
@@ -29,7 +28,7 @@ from parity.checks.shard_check import Check, check_shard
 from parity.errors import CaseFailed, CaseHung
 from parity.implementations.registry import FILES, JAX_IMPLEMENTATIONS
 from parity.job import Job, RankAnswer
-from parity.oracle.prediction import LayoutQuestion, Predictions
+from parity.oracle.prediction import LayoutQuestion, Layouts, Predictions
 from parity.printable import printable
 from parity.report.results import ASIDE, CaseResult, Status, group_of
 from parity.shard import Shard
@@ -69,6 +68,7 @@ class Pipeline:
         self._seconds = seconds
         self._hangs: Counter[str] = Counter()
         self._twins: dict[tuple[Case, str], list[Shard]] = {}
+        self._layouts: dict[Case, Future[Layouts]] = {}
         self._jax_answers: dict[Job, Future[list[RankAnswer]]] = {}
 
     def __enter__(self) -> Self:
@@ -82,18 +82,19 @@ class Pipeline:
     def run(self, assignments: Iterable[Assignment]) -> Iterator[CaseResult]:
         """Run each case in turn; the JAX process works ahead through all that it will be asked, in the same order.
 
-        Networks keep it busy for long, so they are asked for when the stacks, which ask it for layouts, are done.
+        Networks keep it busy for long: all that a case before them needs is asked for first.
         """
-        for _, group in itertools.groupby(assignments, key=lambda assignment: assignment[0].model == "pretrained"):
-            waiting = [(case, implementation, self._ask(case, implementation)) for case, implementation in group]
-            for case, implementation, predictions in waiting:
-                yield self._run_case(case, implementation, predictions)
+        waiting = [(case, implementation, self._ask(case, implementation)) for case, implementation in assignments]
+        for case, implementation, predictions in waiting:
+            yield self._run_case(case, implementation, predictions)
 
     def _ask(self, case: Case, implementation: str) -> Future[Predictions] | None:
         """Nothing to ask where the unsharded twin alone is the expectation."""
         if case.model == "pretrained" and self._no_model:
             return None
         predictions = None
+        if _has_layout(case):
+            self._layout(case)
         if not case.has_twin and case.proof not in {"refusal", "neutral"}:
             offsets = self._offsets(case, implementation)
             ask = partial(self._oracle.predict, case, offsets, seconds=self._limit(case))
@@ -201,17 +202,22 @@ class Pipeline:
             return [check_refusal(case, answer.said) for answer in answers]
         shards = [shard for answer in answers for shard in answer.shards]
         answer = answers[0]
-        trains = case.task == "train" and case.proof != "neutral"
+        trains = _trains(case)
         held_by = partial(copies_of, case) if answer.units and trains else None  # else a tensor may be left whole
         expectations = self._expectations(case, implementation, shards, predictions)
         checks = compare(shards, expectations, held_by, gives=answer.gives)
         if trains:
             checks += [*unchanged(case, shards), *as_declared(case, shards), *check_collectives(case, shards)]
-        if trains and answer.units and case.strategy != UNSHARDED and case.model == "stack":
-            question = LayoutQuestion(layout_case(case))
-            layouts = self._ahead.submit(partial(self._oracle.layout, question), urgent=True).result()
-            checks += check_layout(case, shards, layouts)
+        if answer.units and _has_layout(case):
+            checks += check_layout(case, shards, self._layout(case).result())
         return checks
+
+    def _layout(self, case: Case) -> Future[Layouts]:
+        """Each layout once: many cases share one."""
+        asked = layout_case(case)
+        if asked not in self._layouts:
+            self._layouts[asked] = self._ahead.submit(partial(self._oracle.layout, LayoutQuestion(asked)))
+        return self._layouts[asked]
 
     def _expectations(
         self, case: Case, implementation: str, shards: list[Shard], predictions: Future[Predictions] | None
@@ -246,6 +252,14 @@ def status_of(checks: list[Check]) -> Status:
     if not all(check.passed for check in checks):
         return "failed"
     return "passed" if any(not check.vacuous and group_of(check) not in ASIDE for check in checks) else "vacuous"
+
+
+def _trains(case: Case) -> bool:
+    return case.task == "train" and case.proof != "neutral"
+
+
+def _has_layout(case: Case) -> bool:
+    return _trains(case) and case.strategy != UNSHARDED and case.model == "stack"
 
 
 def layout_case(case: Case) -> Case:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 from parity.case import Case
 from parity.cases.algebra import algebra_cases
@@ -23,8 +23,9 @@ TIERS: tuple[Tier, ...] = ("quick", "full")
 def cases_of(tier: Tier) -> list[Case]:
     """Every case of a tier in the order of a run.
 
-    First stacks, then networks; one-hot cases before the others, since they keep the ranks busy while the oracle,
-    which they do not need, works ahead; small worlds before large ones.
+    First stacks, then networks; exchanges of files before the others, since both sides wait for each other there; then
+    one-hot cases, since they keep the ranks busy while the oracle, which they do not need, works ahead; small worlds
+    before large ones.
     """
     return [*_cases_of(tier)]
 
@@ -44,7 +45,9 @@ def _cases_of(tier: Tier) -> tuple[Case, ...]:
     ]
     known = {case.id for case in cases}
     cases += [case for case in covering_cases() if case.id not in known]  # plain rows stand above already
-    order = sorted(
-        cases, key=lambda case: (case.model == "pretrained", case.blocks, case.proof != "one-hot", case.world)
-    )
-    return tuple(order)
+    return tuple(sorted(cases, key=_place))
+
+
+def _place(case: Case) -> tuple[Any, ...]:
+    exchanges = case.task in {"written", "read"}
+    return (case.model == "pretrained", case.blocks, not exchanges, case.proof != "one-hot", case.world)

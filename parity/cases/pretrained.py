@@ -9,16 +9,32 @@ from typing import Any
 from parity.case import UNSHARDED, Case
 from parity.cases.declared import LAYER, SHARDED
 
+Sharded = tuple[tuple[str, tuple[str, str]], ...]
+"""(strategy, (base, compute)) of link 2."""
+Whole = tuple[tuple[str, str], ...]
+"""(strategy, base) of link 3."""
+
 _STRATEGIES = ("fsdp1", "fsdp1-orig", "fsdp2")
+_PRECISIONS = (("float32", "float32"), ("bfloat16", "bfloat16"), ("nf4", "float32"), ("nf4", "bfloat16"))
+_SHARDED: Sharded = tuple(product(_STRATEGIES, _PRECISIONS))
+_WHOLE: Whole = tuple(product(_STRATEGIES, ("float32", "nf4")))
+_QUICK_SHARDED: Sharded = (
+    ("fsdp1", ("nf4", "float32")),
+    ("fsdp1-orig", ("float32", "float32")),
+    ("fsdp2", ("bfloat16", "bfloat16")),
+    ("fsdp2", ("nf4", "bfloat16")),
+)
+_QUICK_WHOLE: Whole = (("fsdp1", "nf4"), ("fsdp1-orig", "float32"), ("fsdp2", "nf4"))
 _WORLD = 2
 QUICK_BLOCKS = 2
 ALL_BLOCKS = 30
 
 
 def pretrained_cases(tier: str) -> list[Case]:
-    """Two blocks in the quick tier; all thirty besides in the full one."""
-    cases = list(_declare(QUICK_BLOCKS))
-    return cases if tier == "quick" else [*cases, *_declare(ALL_BLOCKS)]
+    """Two blocks, in the quick tier each strategy and each precision; all blocks besides in the full one."""
+    if tier == "quick":
+        return list(_declare(QUICK_BLOCKS, _QUICK_SHARDED, _QUICK_WHOLE))
+    return [case for blocks in (QUICK_BLOCKS, ALL_BLOCKS) for case in _declare(blocks, _SHARDED, _WHOLE)]
 
 
 def _case(**fields: Any) -> Case:
@@ -27,14 +43,11 @@ def _case(**fields: Any) -> Case:
     return Case(model="pretrained", rank=8, alpha=12.0, tokens=128, clauses=clauses, **fields)
 
 
-def _declare(blocks: int) -> Iterator[Case]:
+def _declare(blocks: int, sharded: Sharded, whole: Whole) -> Iterator[Case]:
     """Link 2 with a one-hot rank (bitwise), and link 3 within `sensitivity` where the network is float32."""
-    for strategy, (base, compute) in product(_STRATEGIES, _PRECISIONS):
+    for strategy, (base, compute) in sharded:
         fields = {"strategy": strategy, "world": _WORLD, "base": base, "compute": compute, "blocks": blocks}
         yield _case(link="shards", proof="one-hot", steps=2, **fields)
-    for strategy, base in product(_STRATEGIES, ("float32", "nf4")):
+    for strategy, base in whole:
         fields = {"strategy": strategy, "world": _WORLD, "base": base, "blocks": blocks}
         yield _case(link="frameworks", proof="sensitivity", **fields)
-
-
-_PRECISIONS = (("float32", "float32"), ("bfloat16", "bfloat16"), ("nf4", "float32"), ("nf4", "bfloat16"))

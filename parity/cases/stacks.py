@@ -21,6 +21,10 @@ _PRECISIONS = (
 )
 
 
+_DTYPES_AT, _SHAPES_AT = 2, 3
+"""Worlds that show them in the quick tier."""
+
+
 def stack_cases(tier: str) -> list[Case]:
     """All stacks of a tier: the full one has every shape in every bounded case and more worlds."""
     return [
@@ -29,7 +33,7 @@ def stack_cases(tier: str) -> list[Case]:
         *_lattice(),
         *_one_hot(tier),
         *_replicas(),
-        *_dropout(),
+        *_dropout(tier),
         *_neutral(),
         *_storages(),
         *_methods(),
@@ -95,17 +99,26 @@ def _lattice() -> Iterator[Case]:
 
 
 def _one_hot(tier: str) -> Iterator[Case]:
-    """Link 2, bitwise on any data: each rank in turn has the only loss. Bytes need padding, dense weights do not."""
-    padded = [pair for pair in _PRECISIONS if tier == "full" or pair[0] == "nf4"]
-    for world, strategy in product((2, 3, 4, 8) if tier == "full" else (2, 3, 4), FSDP):
+    """Link 2, bitwise on any data: each rank in turn has the only loss.
+
+    The full tier has all at every world; the quick one the dtypes at world 2, the shapes and paddings at 3.
+    """
+    for world, strategy in product((2, 3, 4, 8) if tier == "full" else (2, 3), FSDP):
         common = {"link": "shards", "proof": "one-hot", "strategy": strategy, "world": world, "steps": max(2, world)}
-        for shape, (base, compute) in [*product([UNEVEN], _PRECISIONS), *product([PADDED], padded)]:
-            yield stack_case(shape, base=base, compute=compute, **common)
-        for shape, base in product((THIN, SINGLE_ROW), ("float32", "nf4")):
+        for shape, base in product((UNEVEN, THIN), ("float32", "nf4")):
             yield stack_case(shape, base=base, **common)
-        yield stack_case(UNEVEN, compute="bfloat16", param_dtype="bfloat16", **common)
-        yield stack_case(UNEVEN, bias=True, zero_rows=True, **common)
-        yield stack_case(UNEVEN, base="nf4", bias=True, zero_rows=True, **common)
+        if tier == "full" or world == _DTYPES_AT:
+            for base, compute in _PRECISIONS[1:3] + _PRECISIONS[4:]:
+                yield stack_case(UNEVEN, base=base, compute=compute, **common)
+            yield stack_case(UNEVEN, compute="bfloat16", param_dtype="bfloat16", **common)
+            yield stack_case(UNEVEN, bias=True, zero_rows=True, **common)
+        if tier == "full" or world == _SHAPES_AT:
+            # bytes need padding, dense weights do not
+            for base, compute in _PRECISIONS if tier == "full" else _PRECISIONS[3:]:
+                yield stack_case(PADDED, base=base, compute=compute, **common)
+            for base in ("float32", "nf4"):
+                yield stack_case(SINGLE_ROW, base=base, **common)
+            yield stack_case(UNEVEN, base="nf4", bias=True, zero_rows=True, **common)
 
 
 def _replicas() -> Iterator[Case]:
@@ -126,7 +139,7 @@ def _replicas() -> Iterator[Case]:
         yield stack_case(UNEVEN, link="shards", proof="bound", strategy=strategy, world=world, steps=2)
 
 
-def _dropout() -> Iterator[Case]:
+def _dropout(tier: str) -> Iterator[Case]:
     """D9, with given masks: bitwise against the oracle, and under every strategy against the same code unsharded."""
     common = {"proof": "lattice", "dropout": 0.5}
     for shape, base in product((UNEVEN, THIN), ("float32", "nf4")):
@@ -136,7 +149,8 @@ def _dropout() -> Iterator[Case]:
     for strategy, world in (*product(FSDP, (2, 3)), ("hsdp", 4), ("ddp", 2)):
         at = {"link": "shards", "strategy": strategy, "world": world}
         yield stack_case(UNEVEN, bias=True, **at, **common)
-        for base, compute in _PRECISIONS[::2] if strategy in FSDP else ():
+        repeated = strategy not in FSDP or (tier == "quick" and world == _DTYPES_AT)
+        for base, compute in () if repeated else _PRECISIONS[::2]:
             precision = {"base": base, "compute": compute}
             yield stack_case(UNEVEN, proof="one-hot", steps=world, dropout=0.5, **precision, **at)
 
