@@ -48,7 +48,8 @@ MOST_HANGS = 3
 class Pipeline:
     """Runs cases. A context manager: leaving it leaves no process behind.
 
-    `seconds` is the limit of a case, where it is to be another than `limit_seconds` gives.
+    `seconds` is the limit of a case, where it is to be another than `limit_seconds` gives; with `notes_calls` the
+    oracle notes which functions of the specification it calls, and is slower.
     """
 
     def __init__(
@@ -59,10 +60,11 @@ class Pipeline:
         no_model: str = "",
         cache: Path,
         seconds: float | None = None,
+        notes_calls: bool = False,
     ) -> None:
         sweep_leftovers()
         self._pools = Pools(device=device, model=model)
-        self._oracle = Oracle(model=model, cache=cache)
+        self._oracle = Oracle(model=model, cache=cache, notes_calls=notes_calls)
         self._ahead = Ahead()
         self._no_model = no_model
         self._seconds = seconds
@@ -87,6 +89,10 @@ class Pipeline:
         waiting = [(case, implementation, self._ask(case, implementation)) for case, implementation in assignments]
         for case, implementation, predictions in waiting:
             yield self._run_case(case, implementation, predictions)
+
+    def ran(self) -> list[str]:
+        """The functions of the specification that have run so far, where calls are noted."""
+        return self._ahead.submit(self._oracle.ran).result()
 
     def _ask(self, case: Case, implementation: str) -> Future[Predictions] | None:
         """Nothing to ask where the unsharded twin alone is the expectation."""

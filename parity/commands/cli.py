@@ -80,11 +80,18 @@ def show(case: Annotated[Positional[str], arg(metavar="CASE")], tier: str = "ful
 def mutants(
     only: Annotated[str, arg(aliases=["-k"], metavar="NAME")] = "",
     json: Annotated[Path | None, arg(metavar="FILE")] = None,
+    earn: Annotated[Path | None, arg(metavar="FILE")] = None,
 ) -> int:
-    """Plant each known bug in torch_impl and require that named checks fail; one that survives fails the command."""
+    """Plant each known bug in torch_impl and require that named checks fail; one that survives fails the command.
+
+    --earn writes which check failed on which clause's bug, as parity/earned.json keeps it for `run` to read: do so
+    when code that judges, a case or a bug has changed.
+
+    Example: dora-parity mutants --earn parity/earned.json
+    """
     from parity.commands.mutants import run_mutants  # noqa: PLC0415
 
-    return run_mutants(only, json, Console())
+    return run_mutants(only, json, Console(), earn=earn)
 
 
 @app.command(name="bench")

@@ -17,12 +17,13 @@ from parity.bugs.known import BUGS
 from parity.case import Case
 from parity.cases import cases_of
 from parity.checks.shard_check import Check
-from parity.commands.earned import earned_by, show_earned, together
 from parity.commands.expression import compile_expression
-from parity.errors import NoCaseMatches
-from parity.models.pretrained import cache_directory
+from parity.errors import CannotRun, NoCaseMatches
+from parity.models.pretrained import PretrainedUnavailable, cache_directory, locate
 from parity.pipeline import Pipeline
+from parity.report.earned import write_earned
 from parity.report.results import CaseResult, write_json
+from parity.report.terminal import follow
 
 
 @dataclass(frozen=True)
@@ -110,31 +111,53 @@ def _control_check(pair: tuple[str, str], verdict: Verdict) -> Check:
     )
 
 
-def run_mutants(only: str, json: Path | None, console: Console) -> int:
-    """`dora-parity mutants`: try all, or those whose name has `only` in it.
+def run_mutants(only: str, json: Path | None, console: Console, *, earn: Path | None = None) -> int:
+    """`dora-parity mutants`: try all, or those whose name has `only` in it; with `earn` write what they made fail.
 
     Raises:
         NoCaseMatches: no mutant is called that.
+        CannotRun: a part of the mutants earns nothing for the rest.
     """
+    if earn and only:
+        raise CannotRun(f"--earn keeps what all mutants made fail, and -k {only!r} leaves some out", hint="drop one")
     names = [name for name in BUGS if only.lower() in name.lower()]
     if not names:
         raise NoCaseMatches(f"no mutant has {only!r} in its name", hint=f"they are {', '.join(BUGS)}")
     verdicts = []
-    with Pipeline(cache=cache_directory()) as pipeline:
+    with Pipeline(cache=cache_directory(), model=_model() if earn else None, notes_calls=bool(earn)) as pipeline:
         for name in names:
             verdict = try_mutant(name, pipeline)
             verdicts.append(verdict)
             _show(verdict, console)
+        if earn:
+            _earn(earn, verdicts, pipeline, console)
     survivors = [verdict.name for verdict in verdicts if not verdict.killed]
-    earned = together(earned_by(verdict.name, verdict.results) for verdict in verdicts)
     if json:
-        write_json(json, {"schema": 1, "mutants": [_as_json(verdict) for verdict in verdicts], "earned": earned})
+        write_json(json, {"schema": 1, "mutants": [_as_json(verdict) for verdict in verdicts]})
     console.print(f"{len(verdicts) - len(survivors)} of {len(verdicts)} mutants killed", highlight=False)
-    if not only:
-        show_earned(earned, console)
     if survivors:
         console.print(f"[bold red]SURVIVE[/]: {', '.join(survivors)}", soft_wrap=True)
     return 1 if survivors else 0
+
+
+def _earn(place: Path, verdicts: list[Verdict], pipeline: Pipeline, console: Console) -> None:
+    """Let the quick tier run once, for the functions that it calls, and keep all of it."""
+    console.print("the quick tier, for the functions of the specification that it calls", highlight=False)
+    assignments = [(case, case.subject) for case in cases_of("quick")]
+    results = [*follow(pipeline.run(assignments), len(assignments), console)]
+    broken = [result for result in results if result.status in {"failed", "error"}]
+    if broken:
+        raise CannotRun(f"{broken[0].case.id}: {broken[0].status} without any bug", hint="mend that first")
+    seen = [(v.name, result, BUGS[v.name].clauses) for v in verdicts for result in v.results]
+    write_earned(place, seen, pipeline.ran())
+
+
+def _model() -> Path | None:
+    """The pretrained checkpoint, if there is one."""
+    try:
+        return locate(None)
+    except PretrainedUnavailable:
+        return None
 
 
 def _show(verdict: Verdict, console: Console) -> None:

@@ -22,6 +22,7 @@ from parity.errors import CannotRun, DeviceUnavailable, NoCaseMatches
 from parity.implementations.registry import check_exists
 from parity.models.pretrained import PretrainedUnavailable, cache_directory, locate, token_ids
 from parity.pipeline import Assignment, Pipeline
+from parity.report.earned import account_of
 from parity.report.environment import describe
 from parity.report.results import Results, write_json
 from parity.report.terminal import follow, show
@@ -118,6 +119,6 @@ def _write(place: Path | None, results: Results) -> None:
     """
     if place:
         try:
-            write_json(place, results.as_json())
+            write_json(place, results.as_json() | {"earned": account_of(results.cases).as_json()})
         except OSError as error:
             raise CannotRun(f"--json {place} cannot be written: {error.strerror}", hint="name another file") from error

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from parity.checks.shard_check import Check
+from parity.report.earned import account_of
 from parity.report.environment import deviations
 from parity.report.results import GROUPS, CaseResult, Results, worst_of
 from parity.report.scales import show_scales
@@ -65,6 +66,7 @@ def show(results: Results, console: Console) -> None:
     _show_links(results, console)
     _show_groups(results, console)
     show_scales(results, console)
+    _show_earned(results, console)
     _show_remarks(results, console)
     console.print(verdict(results), soft_wrap=True)
 
@@ -162,6 +164,25 @@ def _show_groups(results: Results, console: Console) -> None:
             table.add_row(GROUPS[group], str(count))
     console.print()
     console.print(table)
+
+
+def _show_earned(results: Results, console: Console) -> None:
+    """Which of the claims a planted bug was seen to break, and what no case shows."""
+    account = account_of(results.cases)
+    if not account.claims:
+        return
+    console.print(
+        f"\nearned: {len(account.clauses)} of {len(account.clauses) + len(account.bare)} clauses, by"
+        f" {len(account.earned)} of {len(account.claims)} pairs of check and clause, where the clause's planted bug"
+        f" was seen to fail; {account.stale} more were earned by other code, and count for nothing",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if account.bare:
+        console.print(f"claimed, and not earned: {' '.join(account.bare)}", soft_wrap=True, highlight=False)
+    if account.idle:
+        what = f"{len(account.idle)} functions that SPEC.md names are run by no case, and rest on tests alone"
+        console.print(f"{what}: ref/SPEC.md lists them", soft_wrap=True, highlight=False)
 
 
 def _show_remarks(results: Results, console: Console) -> None:

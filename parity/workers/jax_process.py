@@ -16,6 +16,7 @@ from parity.oracle.prediction import LayoutQuestion, Layouts, Predictions
 from parity.workers.answers import pack_answers, pack_trusted, unpack_answers, unpack_trusted
 from parity.workers.child import life, serve
 from parity.workers.group import Seat, Workers
+from parity.workers.ran import Ran
 from parity.workers.refusing import what_is_said, why_refused
 from parity.workers.wire import Packed
 
@@ -36,12 +37,18 @@ class Question:
     """What each quantised layer's scales were shifted by: data, not for the oracle to recompute (Q4)."""
 
 
+@dataclass(frozen=True)
+class RanQuestion:
+    """Which functions of `ref` have run?"""
+
+
 class Oracle:
     """Asks the JAX process. Answers are kept, since many cases share their mathematics."""
 
-    def __init__(self, *, model: Path | None, cache: Path) -> None:
+    def __init__(self, *, model: Path | None, cache: Path, notes_calls: bool = False) -> None:
         context = multiprocessing.get_context("spawn")
-        self._workers = Workers(jax_main, 1, context=context, options={"model": model, "cache": cache})
+        options = {"model": model, "cache": cache, "notes_calls": notes_calls}
+        self._workers = Workers(jax_main, 1, context=context, options=options)
         self._answers: dict[Question, Predictions] = {}
 
     def predict(self, case: Case, offsets: Offsets = (), *, seconds: float) -> Predictions:
@@ -62,6 +69,10 @@ class Oracle:
     def layout(self, question: LayoutQuestion) -> Layouts:
         """Which part of each parameter each rank ought to hold."""
         return self._workers.call(question, unpack_trusted, seconds=_LAYOUT_SECONDS)[0]
+
+    def ran(self) -> list[str]:
+        """The functions of `ref` that have run there so far, where calls are noted."""
+        return self._workers.call(RanQuestion(), unpack_trusted, seconds=_LAYOUT_SECONDS)[0]
 
     def close(self) -> None:
         """End the process for good."""
@@ -88,11 +99,16 @@ def jax_main(seat: Seat) -> None:
     jax.config.update("jax_compilation_cache_dir", str(seat.options["cache"] / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    serve(seat, lambda asked: _packed(asked, seat.options["model"]))
+    ran = Ran()
+    if seat.options["notes_calls"]:
+        ran.begin()
+    serve(seat, lambda asked: _packed(asked, seat.options["model"], ran))
 
 
-def _packed(asked: Any, model: Path | None) -> Packed:
+def _packed(asked: Any, model: Path | None, ran: Ran) -> Packed:
     """What implementations give crosses field by field, as from ranks; what the oracle says is trusted."""
+    if isinstance(asked, RanQuestion):
+        return pack_trusted(ran.names())
     return pack_answers(_run(asked, model)) if isinstance(asked, Job) else pack_trusted(_answer(asked, model))
 
 
