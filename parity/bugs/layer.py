@@ -16,6 +16,16 @@ LAYER = (
         signature=Signature.MATRICES_ALONE,
     ),
     Bug(
+        name="NarrowMagnitudeGradient",
+        bug="rounds the magnitude's gradient to the compute dtype",
+        effect="in bfloat16 it keeps 8 bits of a sum over all tokens",
+        source="autograd of m / n * y0 in bfloat16, as in peft",
+        clauses=("D11",),
+        keep="stack/lattice/torch_impl/none-w1/uneven-1 and not bias",
+        kills=(("gradient", "magnitude"),),
+        signature=Signature.MAGNITUDES_ALONE,
+    ),
+    Bug(
         name="AlphaIgnored",
         bug="takes the scaling to be 1",
         effect="the adapter's share is wrong",

@@ -32,6 +32,7 @@ def narrow_cases() -> Iterator[Case]:
         yield stack_case(last, link="frameworks", base=base, **half)
         yield stack_case(last, link="frameworks", base=base, tokens=8, dropout=0.5, **half)
         yield stack_case(last, link="shards", base=base, strategy="fsdp2", world=2, **half)
+        yield stack_case(last, link="frameworks", base=base, **half | {"bias": False})
     for strategy, world in (("fsdp1", 2), ("fsdp2", 2), ("hsdp", 4)):
         wire = {"param_dtype": "bfloat16", "reduce_dtype": "bfloat16"}
         yield stack_case(last, link="shards", base="bfloat16", strategy=strategy, world=world, **wire, **narrow)

@@ -16,7 +16,8 @@ from parity.cases.worlds import LARGEST_ODD_PART, odd_part
 from parity.errors import LatticeNotExact
 
 _FLOAT32_BITS = 24
-_NARROW_BITS = {"bfloat16": 8, "float16": 11}
+NARROW_BITS = {"bfloat16": 8, "float16": 11}
+"""Compute dtypes whose significand is so short that sums must be, or be kept in float32."""
 EXACT_DROPOUTS = (0.0, 0.5, 0.75)
 """The rates at which what is kept is multiplied by a power of two (D9)."""
 
@@ -53,7 +54,7 @@ def certify(case: Case, arrays: dict[str, np.ndarray]) -> Certificate:
         )
     ledger = _Ledger(case)
     x = np.abs(arrays["x"].astype(np.float64))
-    x_unit, inputs = 1.0, []
+    x_unit, inputs = token_units(x), []
     for position in range(len(case.layers)):
         layer = _absolute_layer(case, arrays, position)
         inputs.append((layer, x, x_unit))
@@ -77,6 +78,23 @@ def require_gradients(case: Case, arrays: dict[str, np.ndarray]) -> None:
         raise LatticeNotExact(f"{case.id}: x and G never meet", hint="more tokens, or a denser draw")
 
 
+def token_units(x: np.ndarray) -> np.ndarray:
+    """(T, 1): what each token's numbers are multiples of, a power of two; a token of zeros counts in ones."""
+    least = np.min(np.abs(x), axis=1, keepdims=True, where=x != 0, initial=np.inf)
+    return np.where(np.isfinite(least), least, 1.0)
+
+
+def require_long_sums(case: Case, arrays: dict[str, np.ndarray]) -> None:
+    """Refuse a draw whose magnitude gradient the compute dtype holds: summed there it would pass."""
+    layer = {name: arrays[f"layers.0.{name}"].astype(np.float64) for name in ("weight", "lora_B")}
+    plain = ~layer["lora_B"].any(axis=1)
+    used = arrays["x"] * arrays.get("layers.0.keep", 1.0) / (1.0 - case.dropout)
+    sums = np.abs((arrays["G"] * (used @ layer["weight"].T)).sum(axis=0))[plain].astype(np.int64)
+    odd = sums // np.maximum(sums & -sums, 1)
+    if not (odd >= 2 ** NARROW_BITS[case.compute]).any():
+        raise LatticeNotExact(f"{case.id}: {case.compute} holds every dm", hint="more tokens, or a denser draw")
+
+
 class _Ledger:
     """Collects the quantities of one case."""
 
@@ -86,13 +104,13 @@ class _Ledger:
         self.units: dict[str, float] = {}
         self.allowed: dict[str, float] = {}
 
-    def note(self, name: str, terms: np.ndarray, unit: float, *, rounded: bool = False) -> None:
-        """Record one quantity; `rounded` where a product stores it in the compute dtype."""
-        bits = _NARROW_BITS.get(self.case.compute, _FLOAT32_BITS) if rounded else _FLOAT32_BITS
-        self.units[name] = float(np.max(terms, initial=0.0)) / unit
+    def note(self, name: str, terms: np.ndarray, unit: float | np.ndarray, *, rounded: bool = False) -> None:
+        """Record a quantity; `unit` by token or for all, `rounded` where a product stores it in the compute dtype."""
+        bits = NARROW_BITS.get(self.case.compute, _FLOAT32_BITS) if rounded else _FLOAT32_BITS
+        self.units[name] = float(np.max(terms / unit, initial=0.0))
         self.allowed[name] = 2.0**bits
 
-    def forward(self, name: str, layer: dict, x: np.ndarray, unit: float) -> tuple[np.ndarray, float]:
+    def forward(self, name: str, layer: dict, x: np.ndarray, unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The norm in its direct and factored forms, then the output. The ratio c is 1/2, 1 or 2."""
         update = self.scaling * (layer["lora_B"] @ layer["lora_A"])
         cross = self.scaling * (layer["weight"] @ layer["lora_A"].T * layer["lora_B"]).sum(1)
@@ -113,10 +131,11 @@ class _Ledger:
         return y, unit / 2
 
     def backward(
-        self, name: str, layer: dict, at: tuple[np.ndarray, float], cotangent: tuple[np.ndarray, float]
+        self, name: str, layer: dict, at: tuple[np.ndarray, np.ndarray], cotangent: tuple[np.ndarray, float]
     ) -> tuple[np.ndarray, float]:
         """The closed form's sums, then the first update."""
-        (x, x_unit), (G, G_unit) = at, cotangent
+        (x, x_units), (G, G_unit) = at, cotangent
+        x_unit = float(x_units.min())
         used = _dropped(x, layer, self.case)
         hidden = used @ layer["lora_A"].T
         y0 = used @ layer["weight"].T + self.scaling * (hidden @ layer["lora_B"].T)

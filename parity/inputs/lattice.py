@@ -14,13 +14,21 @@ import numpy as np
 
 from parity.case import Case
 from parity.errors import LatticeNotExact
-from parity.inputs.certificate import certify, require_exact_squares, require_gradients
+from parity.inputs.certificate import (
+    NARROW_BITS,
+    certify,
+    require_exact_squares,
+    require_gradients,
+    require_long_sums,
+)
 from parity.inputs.gaussian import drawn_masks
 
-NARROW = ("bfloat16", "float16")
-"""Compute dtypes whose significand is so short that sums must be."""
+_PLAIN_ROWS = slice(1, None, 6)
+"""Rows of B that are zero where sums are short, so that a loud token can reach dm alone."""
 _WIDE = 2.0
 """A scaling beyond which an update has one tap a row: s^2 a tap must leave room in the square."""
+_LOUD_TAPS = 8
+"""Entries of a loud token that are not zero."""
 _ATTEMPTS = 512
 """Draws before a case is called impossible; one in some tens succeeds where any does."""
 
@@ -49,6 +57,8 @@ def lattice_stack(case: Case, generator: np.random.Generator) -> dict[str, np.nd
         arrays = _draw(case, generator)
         try:
             require_gradients(case, arrays)
+            if _has_loud_token(case):
+                require_long_sums(case, arrays)
             certify(case, arrays)
         except LatticeNotExact as error:
             reason = error
@@ -91,7 +101,7 @@ def _make_rows_hard(case: Case, layer: dict[str, np.ndarray]) -> None:
 
 
 def _draw(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray]:
-    density = _SPARSE if case.compute in NARROW else _DENSE
+    density = _SPARSE if case.compute in NARROW_BITS else _DENSE
     arrays: dict[str, np.ndarray] = {}
     for position, (fan_in, fan_out) in enumerate(case.layers):
         draw = _quantised_layer if case.base in {"nf4", "fp4"} else _dense_layer
@@ -100,16 +110,40 @@ def _draw(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray]:
     arrays |= drawn_masks(case, generator)
     arrays["x"] = _signs(generator, (case.tokens, case.layers[0][0]), density.x)
     arrays["G"] = _signs(generator, (case.tokens, case.layers[-1][1]), density.G)
+    if _has_loud_token(case):
+        _make_loud(case, generator, arrays)
     return {name: value.astype(np.float32) for name, value in arrays.items()}
+
+
+def _has_loud_token(case: Case) -> bool:
+    """In one layer alone whose output is not shifted: there powers of two by token add no bit to what a token gives."""
+    rows = range(case.layers[0][1])[_PLAIN_ROWS]
+    return case.compute in NARROW_BITS and len(case.layers) == 1 and not case.bias and bool(rows)
+
+
+def _make_loud(case: Case, generator: np.random.Generator, arrays: dict[str, np.ndarray]) -> None:
+    """Let the last token be a power of two louder, where A is zero, with a cotangent where B is.
+
+    Of all sums over tokens only dm's then has terms of two sizes, and needs more bits than the compute dtype has: it
+    is exact where it is summed in float32, and nowhere else.
+    """
+    silent = np.flatnonzero(~arrays["layers.0.lora_A"].any(axis=0))
+    plain = np.flatnonzero(~arrays["layers.0.lora_B"].any(axis=1))
+    for name, where, size in (("x", silent, 2.0 ** NARROW_BITS[case.compute]), ("G", plain, 1.0)):
+        taps = generator.choice(where, size=min(_LOUD_TAPS, len(where)), replace=False)
+        arrays[name][-1] = 0.0
+        arrays[name][-1, taps] = size * generator.choice([-1.0, 1.0], size=len(taps))
 
 
 def _dense_layer(case: Case, generator: np.random.Generator, *, fan_in: int, fan_out: int) -> dict[str, np.ndarray]:
     """Choose V first; then W = V - s B A is a small integer, and overlaps s B A wherever V does."""
-    density = _SPARSE if case.compute in NARROW else _DENSE
+    density = _SPARSE if case.compute in NARROW_BITS else _DENSE
     count = _square_count(fan_in)
     V = np.stack([_row(generator, fan_in, count) for _ in range(fan_out)])
     lora_A = _signs(generator, (case.rank, fan_in), density.A)
     lora_B = _signs(generator, (fan_out, case.rank), 0.0 if case.zero_b else 0.5)
+    if case.compute in NARROW_BITS:
+        lora_B[_PLAIN_ROWS] = 0.0
     if case.zero_rows:
         V[::5] = 0.0
     weight = V - case.scaling * (lora_B @ lora_A)
@@ -123,10 +157,11 @@ def _quantised_layer(case: Case, generator: np.random.Generator, *, fan_in: int,
     lora_A = np.stack([_row(generator, fan_in, taps) for _ in range(case.rank)])
     lora_B = np.zeros((fan_out, case.rank))
     weight = np.stack([_row(generator, fan_in, count) for _ in range(fan_out)])
+    plain = range(fan_out)[_PLAIN_ROWS] if case.compute in NARROW_BITS else ()
     for row in range(fan_out):
         tap, sign = int(generator.integers(case.rank)), float(generator.choice([-1.0, 1.0]))
         update = case.scaling * sign * lora_A[tap]
-        overlapping = None if case.zero_b else _overlapping_row(generator, update, count)
+        overlapping = None if case.zero_b or row in plain else _overlapping_row(generator, update, count)
         if overlapping is not None:
             lora_B[row, tap], weight[row] = sign, overlapping
     return _finish(case, generator, weight=weight, lora_A=lora_A, lora_B=lora_B)
@@ -150,7 +185,7 @@ def _overlapping_row(generator: np.random.Generator, update: np.ndarray, count: 
 def _finish(case: Case, generator: np.random.Generator, **layer: np.ndarray) -> dict[str, np.ndarray]:
     """Add the dyadic magnitudes and the bias."""
     norm = np.linalg.norm(layer["weight"] + case.scaling * (layer["lora_B"] @ layer["lora_A"]), axis=1)
-    ratio = generator.choice([0.5, 1.0, 2.0], size=len(norm)) if case.compute not in NARROW else np.ones(len(norm))
+    ratio = generator.choice([0.5, 1.0, 2.0], size=len(norm)) if case.compute not in NARROW_BITS else np.ones(len(norm))
     layer["magnitude"] = np.where(norm > 0, norm * ratio, 1.0)
     if case.bias:
         bias = generator.integers(-2, 3, size=len(norm)).astype(np.float64)

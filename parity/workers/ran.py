@@ -25,7 +25,7 @@ class Ran:
 
     def names(self) -> list[str]:
         """Their import paths; a class whose constructor ran is one of them."""
-        below = [code for code in self._codes if Path(code.co_filename).is_relative_to(self._room)]
+        below = [code for code in tuple(self._codes) if Path(code.co_filename).is_relative_to(self._room)]
         return sorted({self._path(code) for code in below})
 
     def _path(self, code: CodeType) -> str:

@@ -12,7 +12,8 @@ import pytest
 from parity.cases import cases_of
 from parity.errors import LatticeNotExact
 from parity.inputs import batches, deal_tokens, input_seed, stack_inputs
-from parity.inputs.certificate import certify
+from parity.inputs.certificate import certify, require_long_sums
+from parity.inputs.lattice import _has_loud_token
 from parity.inputs.network import MAGNITUDE_PATTERN, adapter_factors, starting_magnitude
 from parity.inputs.ties import NF4, tied_weight
 from ref.codebooks import NF4_CODE
@@ -20,7 +21,9 @@ from ref.codebooks import NF4_CODE
 QUICK = {case.id: case for case in cases_of("quick")}
 PLAIN = QUICK["stack/lattice/torch_impl/fsdp2-w3/uneven/float32-float32/plain"]
 PACKED = QUICK["stack/lattice/torch_impl/fsdp2-w3/uneven/nf4-float32/plain"]
-GAUSSIAN = QUICK["stack/one-hot/torch_impl/fsdp2-w3/uneven/bfloat16-bfloat16/plain"]
+GAUSSIAN = dataclasses.replace(
+    QUICK["stack/one-hot/torch_impl/fsdp2-w2/uneven/bfloat16-bfloat16/plain"], world=3, steps=3
+)
 LATTICES = list({input_seed(case): case for case in QUICK.values() if case.proof == "lattice"}.values())
 EACH_LATTICE = pytest.mark.parametrize("case", LATTICES, ids=lambda case: case.id)
 
@@ -48,7 +51,7 @@ def test_another_process_draws_the_same():
     """Numbers depend on no address and no hash seed of the process."""
     code = (
         "import sys, zlib; from parity.commands.choose import find; from parity.inputs import stack_inputs;"
-        "print(zlib.crc32(b''.join(a.tobytes() for a in stack_inputs(find(sys.argv[1], 'quick')).values())))"
+        "print(zlib.crc32(b''.join(a.tobytes() for a in stack_inputs(find(sys.argv[1], 'full')).values())))"
     )
     command = [sys.executable, "-c", code, GAUSSIAN.id]
     options = {"capture_output": True, "text": True}
@@ -307,3 +310,31 @@ def test_d6_magnitudes_leave_the_norm():
     assert got.dtype == np.float32
     assert set(got) > {np.float32(2)}
     assert got.tolist() == (2 * np.resize(MAGNITUDE_PATTERN, 6)).tolist()
+
+
+# sums that a short significand does not hold
+
+SHORT = [case for case in LATTICES if case.compute in {"bfloat16", "float16"} and _has_loud_token(case)]
+
+
+@pytest.mark.parametrize("case", SHORT, ids=lambda case: case.id)
+def test_dm_alone_is_longer_than_the_compute_dtype(case):
+    """G1: in the compute dtype dm's sum over tokens rounds, while dA and dB, formed by the same tokens, do not."""
+    arrays = {name: value.astype(np.float64) for name, value in drawn(case).items()}
+    A, B, W, x, G = (arrays[name] for name in (*(f"layers.0.{n}" for n in ("lora_A", "lora_B", "weight")), "x", "G"))
+    u = x * arrays.get("layers.0.keep", 1.0) / (1.0 - case.dropout)
+    sums = {"dm": (G * (u @ (W + case.scaling * B @ A).T)).sum(0), "dB": G.T @ (u @ A.T), "dA": (G @ B).T @ u}
+    narrow = np.dtype(getattr(ml_dtypes, case.compute, case.compute))
+    rounds = {name: bool((value.astype(narrow).astype(np.float64) != value).any()) for name, value in sums.items()}
+
+    assert rounds == {"dm": True, "dB": False, "dA": False}
+
+
+def test_a_draw_whose_dm_is_short_is_refused():
+    """Without the loud token bfloat16 holds every dm: such a draw could not show where dm is summed."""
+    case = SHORT[0]
+    arrays = drawn(case)
+    arrays["x"] = np.sign(arrays["x"])
+
+    with pytest.raises(LatticeNotExact, match="holds every dm"):
+        require_long_sums(case, arrays)

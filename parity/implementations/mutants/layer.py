@@ -41,6 +41,19 @@ def _backward_through_norm(ctx: object, G: Tensor) -> tuple[Tensor | None, ...]:
     return (*before, dA + scaling * B.T @ dV, dB + scaling * dV @ A.T, dm, after)
 
 
+class NarrowMagnitudeGradient(Mutant):
+    """The magnitude's gradient in the dtype that the layer multiplies in."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Wrap the backward pass."""
+        return mock.patch.object(_Product, "backward", staticmethod(_backward_with_narrow_dm))
+
+
+def _backward_with_narrow_dm(ctx: object, G: Tensor) -> tuple[Tensor | None, ...]:
+    *before, dm, after = _right_backward(ctx, G)
+    return (*before, dm.to(G.dtype).to(dm.dtype), after)
+
+
 class AlphaIgnored(Mutant):
     """Every layer's scaling is 1."""
 
@@ -255,6 +268,7 @@ def _after_init(change: Callable[[nn.Module], None]) -> contextlib.AbstractConte
 
 LAYER_MUTANTS = (
     NormNotDetached,
+    NarrowMagnitudeGradient,
     AlphaIgnored,
     NormAxis,
     NormOfDeltaOnly,
