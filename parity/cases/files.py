@@ -89,6 +89,8 @@ def _refused() -> Iterator[Case]:
 
 def _only(clause: str, case: Case) -> Case:
     """The clauses that such a case shows: of the layer no gradient takes part."""
-    also = ("D1", "D2", "D3", *(("D6", "Q4", "Q6") if case.base == "nf4" else ())) if clause == "D10" else ("D1",)
+    whole = ("C4",) if case.task == "written" and case.strategy != UNSHARDED else ()  # the reader finds no rank's part
+    layer = ("D2", "D3", *(("D6", "Q4", "Q6") if case.base == "nf4" else ())) if clause == "D10" else ()
+    also = ("D1", *layer, *whole)
     zero = ("D7",) if case.zero_rows else ()
     return replace(case, clauses=(clause, *also, *zero))

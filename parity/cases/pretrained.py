@@ -39,7 +39,8 @@ def pretrained_cases(tier: str) -> list[Case]:
 
 def _case(**fields: Any) -> Case:
     clauses = (*LAYER, *(("Q4", "Q6", "D6", "S6") if fields["base"] == "nf4" else ()))
-    clauses += SHARDED if fields.get("strategy", UNSHARDED) != UNSHARDED else ()
+    sharded = fields.get("strategy", UNSHARDED) != UNSHARDED
+    clauses += tuple(clause for clause in SHARDED if clause != "S7") if sharded else ()  # stacks show units and order
     return Case(model="pretrained", rank=8, alpha=12.0, tokens=128, clauses=clauses, **fields)
 
 

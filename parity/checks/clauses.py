@@ -34,7 +34,7 @@ _GRADIENTS: dict[str, tuple[str, ...]] = {
     "lora_B": (*_LAYER, "D11", "D5", "D12", "G1", "G2", "D6", "Q4", "Q6", *_REDUCED, *_STEPPED),
     "magnitude": (*_LAYER, "D11", "D8", "G1", "G2", "Q4", "Q6", "S11", *_REDUCED, *_STEPPED),
 }
-_PARAMETERS = ("D6", "D4", "D11", "D13", "T3", "T4", "T6", "S1", "S12", "C1", "T2", "S5")
+_PARAMETERS = ("D6", "D4", "D11", "D13", "T3", "T4", "T6", "S1", "S12", "C1", "C4", "T2", "S5")
 _STATES = ("D11", "T3", "T4", "T6", "S12")
 
 

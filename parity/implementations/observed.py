@@ -35,21 +35,15 @@ class Forwards:
     """This rank's, as it was backpropagated: S3's world size is in it."""
 
     def shards(self, case: Case, step: int, rank: int) -> Iterator[Shard]:
-        """y, dx and the loss, each at the place of its tokens among all.
+        """The loss, and y and dx where they are observed, each at the place of its tokens among all.
 
         In a one-hot case the tokens of the rank whose turn it is are all there are.
         """
         hot = case.hot_rank(step - 1)
-        if not self.outputs or (hot is not None and not case.twin_world and hot != rank):
+        if hot is not None and not case.twin_world and hot != rank:
             return
-        tokens = forward_tokens(case, rank, step - 1)
-        total = case.tokens if hot is None else sum(part.stop - part.start for part in tokens)
-        start = 0 if hot is None else tokens[0].start
-        for part, x, y in zip(tokens, self.inputs, self.outputs, strict=True):
-            rows = slice(part.start - start, part.stop - start)
-            yield _rows("y", "output", step, y, rows=rows, total=total)
-            if x.grad is not None:
-                yield _rows("x", "input_gradient", step, x.grad, rows=rows, total=total)
+        if self.outputs:
+            yield from self._passes(case, step, rank)
         place, world = (rank, case.input_world) if hot is None else (0, 1)
         yield Shard(
             name="loss",
@@ -59,6 +53,16 @@ class Forwards:
             index=(slice(place, place + 1),),
             array=np.array([self.loss]),
         )
+
+    def _passes(self, case: Case, step: int, rank: int) -> Iterator[Shard]:
+        hot, tokens = case.hot_rank(step - 1), forward_tokens(case, rank, step - 1)
+        total = case.tokens if hot is None else sum(part.stop - part.start for part in tokens)
+        start = 0 if hot is None else tokens[0].start
+        for part, x, y in zip(tokens, self.inputs, self.outputs, strict=True):
+            rows = slice(part.start - start, part.stop - start)
+            yield _rows("y", "output", step, y, rows=rows, total=total)
+            if x.grad is not None:
+                yield _rows("x", "input_gradient", step, x.grad, rows=rows, total=total)
 
 
 def _rows(name: str, kind: str, step: int, tensor: Tensor, *, rows: slice, total: int) -> Shard:

@@ -31,36 +31,45 @@ Offsets = dict[str, float]
 
 
 def predict_network(case: Case, model: Path, offsets: Offsets) -> Predictions:
-    """The gradient of every adapter, with 32 times its sensitivity as the limit on the 2-norm of the difference."""
+    """Every adapter's gradient and each sequence's loss, with 32 times their sensitivity as limit on the 2-norm."""
     config = checkpoint.LlamaConfig.from_json(model / "config.json")
     parameters, adapters, shifts = _network(case, model, config, offsets)
     arguments = (adapters, parameters, *_batch(case, model), jnp.float64(predicted_tokens(case, model)))
-    gradients = _gradients(model, dora.scaling(case.alpha, case.rank, rank_stabilized=case.rank_stabilized))
-    exact, moved = responses(gradients, arguments, unit=_UNIT, seeds=_SEEDS)
-    return shifts | {
+    function = _gradients(model, dora.scaling(case.alpha, case.rank, rank_stabilized=case.rank_stabilized))
+    (exact, losses), (moved, loss_moved) = responses(function, arguments, unit=_UNIT, seeds=_SEEDS)
+    predictions = {
         (1, "gradient", f"{name}.{factor}"): _prediction(getattr(exact[name], factor), getattr(moved[name], factor))
         for name in exact
         for factor in FACTORS
     }
+    return shifts | predictions | {(1, "loss", "loss"): _prediction(losses, loss_moved)}
 
 
 @functools.lru_cache
-def _gradients(model: Path, scaling: float) -> Callable[..., dict[str, Adapter]]:
-    """One function for all cases of a checkpoint, so that it is compiled once."""
+def _gradients(model: Path, scaling: float) -> Callable[..., tuple[dict[str, Adapter], Array]]:
+    """One function for all cases of a checkpoint, so that it is compiled once: gradients, and the losses of ranks.
+
+    Each rank has a sequence, and backpropagates the world size times its part of the mean (S3).
+    """
     config = checkpoint.LlamaConfig.from_json(model / "config.json")
 
-    def loss(adapters: dict[str, Adapter], parameters: checkpoint.Parameters, *batch: Array) -> Array:
+    def loss(adapters: dict[str, Adapter], parameters: checkpoint.Parameters, *batch: Array) -> tuple[Array, Array]:
         tokens, targets, weights, total = batch
-        options = {"weights_BS": weights, "total": total, "adapters": adapters, "scaling": scaling}
-        return llama.loss(parameters, tokens, targets, config, **options)
 
-    return jax.grad(loss)
+        def part(tokens: Array, targets: Array, weights: Array) -> Array:
+            options = {"weights_BS": weights[None], "total": total, "adapters": adapters, "scaling": scaling}
+            return llama.loss(parameters, tokens[None], targets[None], config, **options)
+
+        parts = jax.vmap(part)(tokens, targets, weights)
+        return parts.sum(), parts * len(parts)
+
+    return jax.grad(loss, has_aux=True)
 
 
 def _prediction(value: Array, response: float) -> Prediction:
-    gradient = np.asarray(value)
-    reason = skip_reason(response, float(np.linalg.norm(gradient))) or ""
-    return Prediction(value=gradient, limit=FACTOR * response, no_claim=reason)
+    exact = np.asarray(value)
+    reason = skip_reason(response, float(np.linalg.norm(exact))) or ""
+    return Prediction(value=exact, limit=FACTOR * response, no_claim=reason)
 
 
 def _network(
