@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_args
 
 from parity.case import Case
 from parity.oracle.prediction import LayoutQuestion, Layouts
@@ -11,6 +12,9 @@ from parity.shard import Index
 from ref import layouts as rules
 from ref.model_layouts import ALIGNED_BYTES
 
+_STORED = {1: "uint8", 2: "bfloat16", 4: "float32"}
+"""By bytes an element: what a unit's members may be stored in."""
+_TRAINED = ("lora_A", "lora_B", "magnitude")
 Member = tuple[str, tuple[int, ...], int]
 """(name, unsharded shape, bytes an element) of a parameter."""
 
@@ -19,6 +23,7 @@ def predict_layout(question: LayoutQuestion) -> Layouts:
     """FSDP2 cuts dim 0; FSDP1 cuts each unit's flat parameter. World 1 is not cut at all, nor are replicas."""
     layouts: Layouts = {}
     for unit in _units(question.case):
+        _require_alike(question.case, unit)
         for rank in range(question.case.world):
             layouts |= {(name, rank): index for name, index in _unit_layout(question.case, unit, rank)}
     return layouts
@@ -35,6 +40,14 @@ def _units(case: Case) -> Iterator[list[Member]]:
             yield [(f"{name}.bias.value", (fan_out,), width)]
         adapter = [(f"{name}.lora_A", (case.rank, fan_in), 4), (f"{name}.lora_B", (fan_out, case.rank), 4)]
         yield [*adapter, *([(f"{name}.magnitude", (fan_out,), 4)] if case.method == "dora" else [])]
+
+
+def _require_alike(case: Case, unit: list[Member]) -> None:
+    """S7: what the reference would refuse to put into one unit has no layout."""
+    strategy = {"fsdp1-hybrid": "fsdp1", "hsdp": "fsdp2"}.get(case.strategy, case.strategy)
+    if strategy in get_args(rules.Strategy):
+        members = [rules.UnitMember(name, _STORED[width], name.endswith(_TRAINED)) for name, _, width in unit]
+        rules.check_unit(members, strategy=strategy)
 
 
 def _unit_layout(case: Case, unit: list[Member], rank: int) -> list[tuple[str, Index]]:

@@ -50,17 +50,21 @@ def show_scales(results: Results, console: Console) -> None:
     """One row a clause and compute dtype; an empty cell says that nothing was shown there."""
     found = scales(results)
     columns = [name for name in _ORDER if any(name in cell for cell in found.values())]
-    table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
-    table.add_column("smallest relative error seen", no_wrap=True)
+    table = Table(box=None, pad_edge=False, show_header=True, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("clause", no_wrap=True)
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(name.replace("-", "-\n"), justify="right", vertical="bottom", no_wrap=True)
     for (clause, compute), cell in found.items():
         table.add_row(f"{clause:4} {compute}", *(_said(cell.get(name)) for name in columns))
     console.print()
+    console.print(
+        "the smallest relative error that was seen, or would have been; 'bits': each changed bit", highlight=False
+    )
     console.print(table)
 
 
 def _said(scale: float | None) -> str:
     if scale is None:
         return ""
-    return "bits" if scale == EXACT else f"{scale:.0e}"
+    digits, _, exponent = f"{scale:.0e}".partition("e")
+    return "bits" if scale == EXACT else f"{digits}e{int(exponent)}"
