@@ -23,4 +23,22 @@ FILES = (
         keep="files and fsdp2-w4/uneven and written",
         kills=(("parameter", "lora_A"), ("parameter", "lora_B"), ("parameter", "magnitude")),
     ),
+    Bug(
+        name="MergedWithoutMagnitude",
+        bug="merges W + s B A and leaves the magnitude out",
+        effect="the merged model is that of a LoRA",
+        source="exporters that know LoRA alone",
+        clauses=("D10",),
+        keep="stack/lattice/torch_impl/none-w1/uneven/float32-float32/merge and not bias and not zero",
+        kills=(("merged", "weight"),),
+    ),
+    Bug(
+        name="PickleRead",
+        bug="unpickles what is no safetensors file",
+        effect="whoever wrote the file runs what he likes",
+        source="peft's adapter_model.bin",
+        clauses=("C3",),
+        keep="pickled-adapter",
+        kills=(("refusal", "pickled-adapter"),),
+    ),
 )

@@ -46,6 +46,15 @@ SHARDING = (
         signature=Signature.MAGNITUDES_ALONE,
     ),
     Bug(
+        name="MembersReordered",
+        bug="registers a unit's members in another order",
+        effect="flat shards of two programs hold other parts under the same names",
+        source="resharding",
+        clauses=("S7", "S2"),
+        keep="stack/lattice and fsdp1-w2/uneven/float32-float32/plain",
+        kills=(("layout", "magnitude"),),
+    ),
+    Bug(
         name="ShardSwap",
         bug="gives two ranks each other's shard",
         effect="parameters are permuted",

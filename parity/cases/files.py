@@ -63,7 +63,7 @@ def _checkpoints() -> Iterator[Case]:
 
 
 def _checkpoint(**features: Any) -> Case:
-    clauses = ["C2", "Q2", "Q3", "Q4"]
+    clauses = ["C2", "Q1", "Q2", "Q3", "Q4"]
     clauses += [] if features.get("flat") else ["Q6"]
     clauses += ["S6"] if "world" in features else []
     fields = {"base": "nf4", "task": "written", "steps": 0, **features}

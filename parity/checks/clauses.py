@@ -8,7 +8,7 @@ from parity.oracle.prediction import Key
 _LAYER = ("D1", "D2", "D3", "D7", "D9", "D13")
 """Whatever the layer computes goes through these."""
 _STORED = ("Q1", "Q2", "Q3", "Q4", "Q5", "Q6")
-_REDUCED = ("S3", "S8", "S9", "S10", "S4")
+_REDUCED = ("S3", "S6", "S8", "S9", "S10", "S4")
 _STEPPED = ("T1", "T2", "S5", "T5", "T6", "S12")
 
 _BY_KIND: dict[str, tuple[str, ...]] = {

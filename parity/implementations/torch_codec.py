@@ -12,8 +12,7 @@ from parity.implementations.torch_stack import DTYPES
 from parity.inputs import stack_inputs
 from parity.job import Place
 from parity.shard import Shard, whole_index
-from torch_impl import QuantConfig
-from torch_impl.quant import decode, quantize
+from torch_impl import QuantConfig, quant
 
 FOUR_BIT = ("nf4", "fp4")
 """Bases that are coded."""
@@ -30,11 +29,11 @@ def codec_shards(case: Case, place: Place) -> Iterator[Shard]:
     for position in range(len(case.layers)):
         name = f"layers.{position}.weight"
         weight = torch.from_numpy(inputs[name].copy()).to(place.device, DTYPES[case.compute])
-        stored, state, packed_format = quantize(weight, quant_config(case), name=name)
+        stored, state, packed_format = quant.quantize(weight, quant_config(case), name=name)
         for kind, tensor in (
             ("packed", stored.view(torch.uint8).flatten()[: packed_format.nbytes]),
             ("absmax", state["absmax"]),
-            ("decoded", decode(stored, state, packed_format, dtype=DTYPES[case.compute])),
+            ("decoded", quant.decode(stored, state, packed_format, dtype=DTYPES[case.compute])),
         ):
             array = to_numpy(tensor)
             yield Shard(

@@ -23,6 +23,11 @@ class Mutant(TorchDora):
         with self.planted(case, place):
             yield from super().run(case, place)
 
+    def meet(self, case: Case, *, bad: bool) -> None:
+        """As `torch_impl`, with the bug."""
+        with self.planted(case, Place(0, 1, "cpu", None)):
+            super().meet(case, bad=bad)
+
 
 def is_sharded(case: Case) -> bool:
     """Whether the case shards at all: a bug of sharding leaves the unsharded twin alone."""

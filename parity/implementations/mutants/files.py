@@ -1,8 +1,9 @@
-"""Bugs of adapter files: C1, C4."""
+"""Bugs of adapter files and merged weights: C1, C3, C4, D10."""
 
 from __future__ import annotations
 
 import contextlib
+import pickle
 from pathlib import Path
 from unittest import mock
 
@@ -14,6 +15,7 @@ from parity.implementations import torch_files
 from parity.implementations.mutants.base import Mutant
 from parity.job import Place
 from torch_impl import DoraLinear, LocalShard, adapter_files, load_adapter
+from torch_impl.errors import AdapterFileError
 
 
 class DoraSilentlyLora(Mutant):
@@ -46,4 +48,36 @@ class ShardSavedAsWhole(Mutant):
         return mock.patch.object(adapter_files, "_gathered", own)
 
 
-FILE_MUTANTS = (DoraSilentlyLora, ShardSavedAsWhole)
+class MergedWithoutMagnitude(Mutant):
+    """The merged weight is W + s B A."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Make every c 1, and merge."""
+        right = torch_files.merge_adapter
+
+        def plain(model: nn.Module) -> nn.Module:
+            for layer in model.modules():
+                if isinstance(layer, DoraLinear):
+                    layer.reset_magnitude()
+            return right(model)
+
+        return mock.patch.object(torch_files, "merge_adapter", plain)
+
+
+class PickleRead(Mutant):
+    """What is no safetensors file is taken for a pickle."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Load it as older files are loaded."""
+
+        def reading(model: nn.Module, folder: Path, **options: object) -> nn.Module:
+            try:
+                return load_adapter(model, folder, **options)
+            except AdapterFileError:
+                pickle.loads((folder / torch_files.WEIGHTS).read_bytes())  # noqa: S301 - the bug
+                return model
+
+        return mock.patch.object(torch_files, "load_adapter", reading)
+
+
+FILE_MUTANTS = (DoraSilentlyLora, ShardSavedAsWhole, MergedWithoutMagnitude, PickleRead)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from parity.case import Case
 from parity.implementations.mutants.base import Mutant
 from parity.job import Place
-from torch_impl import inject, layers
+from torch_impl import inject, layers, norm
 
 _right_norm: Callable[..., Tensor] = layers.weight_norm
 _Product = layers.DoraProduct
@@ -192,6 +192,34 @@ class BiasLostOnZeroRows(Mutant):
         return mock.patch.object(_Product, "forward", staticmethod(masking))
 
 
+class PlainNorm(Mutant):
+    """A float32 root of a float32 sum of squares."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Another norm."""
+        return mock.patch.object(layers, "weight_norm", _plain_norm)
+
+
+def _plain_norm(W: Tensor, A: Tensor, B: Tensor, *, scaling: float) -> Tensor:
+    squares = (W.float() + scaling * B @ A).square().sum(dim=1)
+    return squares.clamp(max=torch.finfo(torch.float32).max).sqrt()  # an infinite one is refused
+
+
+class GuardIgnored(Mutant):
+    """The factored form of the norm, whatever cancels in it."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Trust every row."""
+        factored = norm._factored  # noqa: SLF001 - the guard is in there
+
+        def trusting(*tensors: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+            squared, trusted = factored(*tensors, scaling=scaling)
+            most = torch.finfo(torch.float32).max  # an infinite norm is refused
+            return squared.nan_to_num(0.0).clamp(0.0, most), torch.ones_like(trusted)
+
+        return mock.patch.object(norm, "_factored", trusting)
+
+
 class OutputScaled(Mutant):
     """The last layer gives half as much again, and its backward pass knows nothing of it."""
 
@@ -269,6 +297,8 @@ def _after_init(change: Callable[[nn.Module], None]) -> contextlib.AbstractConte
 LAYER_MUTANTS = (
     NormNotDetached,
     NarrowMagnitudeGradient,
+    PlainNorm,
+    GuardIgnored,
     AlphaIgnored,
     NormAxis,
     NormOfDeltaOnly,

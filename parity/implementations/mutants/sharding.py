@@ -21,7 +21,7 @@ from parity.case import Case
 from parity.implementations import torch_stack
 from parity.implementations.mutants.base import Mutant, is_sharded
 from parity.job import Place
-from torch_impl import LocalShard, layers, local_shards, sharding
+from torch_impl import LocalShard, inject, layers, local_shards, sharding
 
 _ADAPTER = ("lora_A", "lora_B", "magnitude")
 
@@ -99,6 +99,23 @@ class MagnitudeGradNotReduced(Mutant):
             _settling(case, restore),
         ):
             yield
+
+
+class MembersReordered(Mutant):
+    """The magnitude is registered before A and B, so that FSDP1 puts it first."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Turn the members round when a layer is made."""
+        make = inject.dora_linear
+
+        def reordered(*args: object, **options: object) -> nn.Module:
+            layer = make(*args, **options)
+            members = [*layer._parameters.items()]  # noqa: SLF001 - torch has no other way to order them
+            layer._parameters.clear()  # noqa: SLF001
+            layer._parameters.update(reversed(members))  # noqa: SLF001
+            return layer
+
+        return mock.patch.object(inject, "dora_linear", reordered)
 
 
 class ShardSwap(Mutant):
@@ -220,6 +237,7 @@ SHARDING_MUTANTS = (
     ReplicasSummed,
     OneRankHalved,
     MagnitudeGradNotReduced,
+    MembersReordered,
     ShardSwap,
     ChunkFloor,
     AlignmentIgnored,

@@ -1,4 +1,4 @@
-"""Bugs of the 4-bit storage: Q1, Q3, Q5, S6."""
+"""Bugs of the 4-bit storage: Q1 to Q7, C2, S6."""
 
 from __future__ import annotations
 
@@ -75,6 +75,45 @@ class BlocksByRow(Mutant):
         return mock.patch.object(quant, "decode", by_row)
 
 
+class NestedOffsetForgotten(Mutant):
+    """The scales' mean, which was taken off before they were coded, is not added again."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Decode without it."""
+        decode = quant.decode
+
+        def without(stored: Tensor, tensors: dict, packed_format: quant.PackedFormat, *, dtype: torch.dtype) -> Tensor:
+            offset = tensors.get("nested_offset")
+            changed = tensors if offset is None else tensors | {"nested_offset": torch.zeros_like(offset)}
+            return decode(stored, changed, packed_format, dtype=dtype)
+
+        return mock.patch.object(quant, "decode", without)
+
+
+class OtherCode(Mutant):
+    """NF4's sixteen values from quantiles computed anew, which round to others in six places."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """One unit in the last place of a value."""
+        decode = quant.decode
+
+        def other(stored: Tensor, tensors: dict, packed_format: quant.PackedFormat, *, dtype: torch.dtype) -> Tensor:
+            weight = decode(stored, tensors, packed_format, dtype=torch.float32)
+            scales = decode(torch.full_like(stored, 0xFF), tensors, packed_format, dtype=torch.float32)
+            tenth = weight == scales * tensors["code"][10]
+            return torch.where(tenth, torch.nextafter(weight, 2 * weight), weight).to(dtype)
+
+        return mock.patch.object(quant, "decode", other)
+
+
+class NotANumberTaken(Mutant):
+    """A weight is packed without a look at whether it is finite."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Refuse nothing."""
+        return mock.patch.object(quant, "refuse_non_finite", return_value=None)
+
+
 class StorageCast(Mutant):
     """FSDP2 casts the bytes, stored as bfloat16, to float16 when it gathers them."""
 
@@ -97,4 +136,4 @@ class StorageCast(Mutant):
             yield
 
 
-STORAGE_MUTANTS = (NibbleSwap, Nf4TieUp, BlocksByRow, StorageCast)
+STORAGE_MUTANTS = (NibbleSwap, Nf4TieUp, BlocksByRow, NestedOffsetForgotten, OtherCode, NotANumberTaken, StorageCast)

@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from parity.case import Case
 from parity.implementations import torch_stack, torch_training
@@ -103,6 +104,41 @@ class LateIgnored(Mutant):
         return mock.patch.object(accumulation, "synchronised", lambda model, **_: right(model, when=True))
 
 
+class MomentumDampened(Mutant):
+    """The gradient enters the momentum by the share that the momentum leaves."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """SGD with dampening, which torch leaves out of the first step."""
+        right = torch_stack.optimizer_for
+
+        def dampening(model: nn.Module, running: Case) -> torch.optim.Optimizer:
+            optimizer = right(model, running)
+            for group in optimizer.param_groups:
+                group["dampening"] = group["momentum"]
+            return optimizer
+
+        return mock.patch.object(torch_stack, "optimizer_for", dampening)
+
+
+class ReshardedRowsShifted(Mutant):
+    """A checkpoint that is read under another strategy gives each rank its neighbour's rows."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Read everything, and shift B by a row."""
+        right = checkpoint.load_
+
+        @torch.no_grad()
+        def shifting(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> checkpoint.Saved:
+            saved = right(folder, model, optimizer)
+            for name, parameter in model.named_parameters() if case.resume != case.strategy else ():
+                if name.endswith("lora_B"):
+                    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                    local.copy_(local.roll(1, 0))
+            return saved
+
+        return mock.patch.object(checkpoint, "load_", shifting)
+
+
 class RatesLost(Mutant):
     """A checkpoint's learning rate and other settings are not restored."""
 
@@ -140,6 +176,8 @@ TRAINING_MUTANTS = (
     MeanOfMeans,
     GradNormPerShard,
     LateIgnored,
+    MomentumDampened,
+    ReshardedRowsShifted,
     OptimizerStateLost,
     RatesLost,
     GeneratorLost,
