@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -151,3 +152,13 @@ def test_a_clause_that_a_bug_violates_is_claimed_where_it_is_tried():
     ]
 
     assert bare == []
+
+
+def test_spec_lists_what_rests_on_tests_alone():
+    """The last section of SPEC.md names, for each clause, the functions that no case of the quick tier ran."""
+    idle = set(earned.account_of([]).idle)
+    _, _, section = (digests._reference() / "SPEC.md").read_text(encoding="utf-8").partition("\n## What rests on tests")
+    listed = {part.partition(":")[0]: set(re.findall(r"`(ref\.[\w.]+)`", part)) for part in section.split("\n- ")[1:]}
+    wanted = {clause: idle.intersection(names) for clause, names in digests.named_functions().items()}
+
+    assert listed == {clause: names for clause, names in wanted.items() if names}
