@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from parity.case import Case
+from parity.case import TrainCase
 from parity.oracle.prediction import LayoutQuestion, Layouts
 from parity.oracle.weights import stored_shape
 from parity.shard import Index
@@ -24,7 +24,7 @@ def predict_layout(question: LayoutQuestion) -> Layouts:
     return layouts
 
 
-def _units(case: Case) -> Iterator[list[Member]]:
+def _units(case: TrainCase) -> Iterator[list[Member]]:
     """S7: a layer's A, B and magnitude share a unit, in this order; its base weight and its bias have one each."""
     width = 2 if case.base == "bfloat16" else 4
     for position, (fan_in, fan_out) in enumerate(case.layers):
@@ -37,7 +37,7 @@ def _units(case: Case) -> Iterator[list[Member]]:
         yield [*adapter, *([(f"{name}.magnitude", (fan_out,), 4)] if case.method == "dora" else [])]
 
 
-def _unit_layout(case: Case, unit: list[Member], rank: int) -> list[tuple[str, Index]]:
+def _unit_layout(case: TrainCase, unit: list[Member], rank: int) -> list[tuple[str, Index]]:
     size = case.world // case.copies  # the ranks of one row of the mesh, which share one copy
     if not case.strategy.startswith("fsdp1"):
         return [
