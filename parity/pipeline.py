@@ -14,14 +14,26 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeGuard
 
 import numpy as np
 
-from parity.case import UNSHARDED, Case
+from parity.case import (
+    UNSHARDED,
+    Case,
+    ExchangeCase,
+    MergeCase,
+    NetworkCase,
+    NeutralCase,
+    OffsetCase,
+    RefuseCase,
+    StartCase,
+    SteppedCase,
+    TrainCase,
+)
 from parity.checks.collectives import check_collectives
 from parity.checks.coverage import HeldBy, check_layout, copies_of, frozen_gradients, missing_elements
-from parity.checks.expectation import Expectations, from_itself, from_oracle, from_twin
+from parity.checks.expectation import TABLE, Expectations, from_itself, from_oracle, from_twin
 from parity.checks.itself import as_declared, unchanged
 from parity.checks.refusal import check_refusal
 from parity.checks.shard_check import Check, check_shard
@@ -96,12 +108,12 @@ class Pipeline:
 
     def _ask(self, case: Case, implementation: str) -> Future[Predictions] | None:
         """Nothing to ask where the unsharded twin alone is the expectation."""
-        if case.model == "pretrained" and self._no_model:
+        if isinstance(case, NetworkCase) and self._no_model:
             return None
         predictions = None
         if _has_layout(case):
             self._layout(case)
-        if not case.has_twin and case.proof not in {"refusal", "neutral"}:
+        if TABLE[case.tolerance].against == "oracle":
             offsets = self._offsets(case, implementation)
             ask = partial(self._oracle.predict, case, offsets, seconds=self._limit(case))
             predictions = self._ahead.submit(ask)
@@ -113,11 +125,10 @@ class Pipeline:
 
     def _offsets(self, case: Case, implementation: str) -> Offsets:
         """What a quantised network's scales are shifted by, which the oracle needs as data (Q4); the rest has none."""
-        if not (case.model == "pretrained" and case.base == "nf4"):
+        if not (isinstance(case, NetworkCase) and case.base == "nf4"):
             return ()
-        start = dataclasses.replace(case.unsharded_twin(), proof="start")
         try:
-            shards = self._run_twin(start, implementation)
+            shards = self._run_twin(case.offsets(), implementation)
         except CaseFailed:
             return ()  # the case itself will fail in the same way, and say so
         return tuple((s.name, float(s.array)) for s in shards if s.kind == "offset" and s.array.shape == ())
@@ -142,7 +153,7 @@ class Pipeline:
                 reason=reason,
             )
 
-        if case.model == "pretrained" and self._no_model:
+        if isinstance(case, NetworkCase) and self._no_model:
             return result("skipped", reason=NO_MODEL + self._no_model)
         try:
             answers = self._run_implementation(case, implementation)
@@ -163,8 +174,8 @@ class Pipeline:
 
     def _run_implementation(self, case: Case, implementation: str) -> list[RankAnswer]:
         job = Job(case, implementation)
-        if case.task in {"written", "read"}:
-            return self._exchange(job)
+        if isinstance(case, ExchangeCase):
+            return self._exchange(job, case)
         if implementation in JAX_IMPLEMENTATIONS:
             return self._ask_jax(job).result()
         return self._run_on_ranks(job)
@@ -187,14 +198,14 @@ class Pipeline:
     def _limit(self, case: Case) -> float:
         return self._seconds or limit_seconds(case)
 
-    def _exchange(self, job: Job) -> list[RankAnswer]:
+    def _exchange(self, job: Job, case: ExchangeCase) -> list[RankAnswer]:
         """C1, C2: one side writes files, then the other reads them; what the readers hold is the answer."""
-        seconds = self._limit(job.case)
+        seconds = self._limit(case)
         with own_folder() as folder:
             ours = dataclasses.replace(job, folder=Path(folder))
             theirs = dataclasses.replace(ours, implementation=FILES)
             ask = partial(self._oracle.run, theirs, seconds=seconds)
-            if job.case.task == "written":
+            if case.direction == "written":
                 written = self._run_on_ranks(ours)
                 refused = [answer for answer in written if answer.refused]
                 return refused or [*written, *self._ahead.submit(ask, urgent=True).result()]
@@ -204,21 +215,22 @@ class Pipeline:
     def _check(
         self, case: Case, implementation: str, answers: list[RankAnswer], predictions: Future[Predictions] | None
     ) -> list[Check]:
-        if case.task == "refuse":
+        if isinstance(case, RefuseCase):
             return [check_refusal(case, answer.said) for answer in answers]
         shards = [shard for answer in answers for shard in answer.shards]
         answer = answers[0]
-        trains = _trains(case)
-        held_by = partial(copies_of, case) if answer.units and trains else None  # else a tensor may be left whole
+        held_by = partial(copies_of, case) if answer.units and not _may_be_whole(case) else None
         expectations = self._expectations(case, implementation, shards, predictions)
         checks = compare(shards, expectations, held_by, gives=answer.gives)
-        if trains:
-            checks += [*unchanged(case, shards), *as_declared(case, shards), *check_collectives(case, shards)]
+        if isinstance(case, SteppedCase):
+            checks += [*unchanged(case, shards), *as_declared(case, shards)]
+        if isinstance(case, TrainCase):
+            checks += check_collectives(case, shards)
         if answer.units and _has_layout(case):
             checks += check_layout(case, shards, self._layout(case).result())
         return checks
 
-    def _layout(self, case: Case) -> Future[Layouts]:
+    def _layout(self, case: TrainCase | StartCase) -> Future[Layouts]:
         """Each layout once: many cases share one."""
         asked = layout_case(case)
         if asked not in self._layouts:
@@ -229,10 +241,11 @@ class Pipeline:
         self, case: Case, implementation: str, shards: list[Shard], predictions: Future[Predictions] | None
     ) -> Expectations:
         """By the table of `checks/expectation.py`."""
-        if case.proof == "neutral":
-            return from_itself(case, shards)
-        if case.has_twin:
-            return from_twin(case, self._run_twin(case.unsharded_twin(), implementation))
+        match TABLE[case.tolerance].against:
+            case "itself":
+                return from_itself(case, shards)
+            case "twin":
+                return from_twin(case, self._run_twin(case.unsharded_twin(), implementation))
         return from_oracle(case, predictions.result() if predictions else {})
 
     def _run_twin(self, twin: Case, implementation: str) -> list[Shard]:
@@ -260,20 +273,22 @@ def status_of(checks: list[Check]) -> Status:
     return "passed" if any(not check.vacuous and group_of(check) not in ASIDE for check in checks) else "vacuous"
 
 
-def _trains(case: Case) -> bool:
-    return case.task == "train" and case.proof != "neutral"
+def _may_be_whole(case: Case) -> bool:
+    """What is merged, read from files or given by a whole forward lies on as many ranks as the implementation likes."""
+    return isinstance(case, MergeCase | ExchangeCase | NeutralCase)
 
 
-def _has_layout(case: Case) -> bool:
-    return _trains(case) and case.strategy != UNSHARDED and case.model == "stack"
+def _has_layout(case: Case) -> TypeGuard[TrainCase | StartCase]:
+    return isinstance(case, TrainCase | StartCase) and case.strategy != UNSHARDED
 
 
-def layout_case(case: Case) -> Case:
+def layout_case(case: TrainCase | StartCase) -> TrainCase:
     """The case less what no layout depends on, so that one answer serves many."""
-    kept = ("link", "model", "proof", "strategy", "world", "layers", "rank", "base", "bias", "method", "replicas")
-    return Case(**{name: getattr(case, name) for name in kept})
+    kept = ("strategy", "world", "layers", "rank", "base", "bias", "replicas")
+    method = case.method if isinstance(case, TrainCase) else "dora"
+    return TrainCase(link="shards", method=method, **{name: getattr(case, name) for name in kept})
 
 
 def limit_seconds(case: Case) -> float:
     """How long a case may take on one side before it counts as hung: far above what it needs."""
-    return 120.0 + 60.0 * case.blocks
+    return 120.0 + 60.0 * (case.blocks if isinstance(case, NetworkCase | OffsetCase) else 0)

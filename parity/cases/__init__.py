@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any, Literal
 
-from parity.case import Case
+from parity.case import Case, ExchangeCase, NetworkCase, SteppedCase
 from parity.cases.algebra import algebra_cases
 from parity.cases.codec import codec_cases
 from parity.cases.covering import covering_cases
@@ -49,5 +49,6 @@ def _cases_of(tier: Tier) -> tuple[Case, ...]:
 
 
 def _place(case: Case) -> tuple[Any, ...]:
-    exchanges = case.task in {"written", "read"}
-    return (case.model == "pretrained", case.blocks, not exchanges, case.proof != "one-hot", case.world)
+    blocks = case.blocks if isinstance(case, NetworkCase) else 0
+    is_one_hot = isinstance(case, SteppedCase) and case.inputs == "one-hot"
+    return (blocks, not isinstance(case, ExchangeCase), not is_one_hot, case.world)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from parity.case import Case
+from parity.case import Case, TrainCase
 from parity.cases.shapes import THIN, UNEVEN
 
 _SUBJECTS = {
@@ -25,10 +25,9 @@ def _declare() -> Iterator[Case]:
     for subject, shape, feature in product(_SUBJECTS, (UNEVEN, THIN), features):
         if "bias" in feature and subject != "peft":
             continue  # a bias changes no gradient, and the two JAX routes leave it out
-        yield Case(
+        yield TrainCase(
             link="algebra",
-            model="stack",
-            proof="bound",
+            inputs="gaussian",
             subject=subject,
             layers=shape.layers[1:],
             shape_name=f"{shape.name}-last",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-from parity.case import Case
+from parity.case import Case, DecodeCase
 from parity.cases.shapes import MANY_BLOCKS, ODD, SHAPES, Shape
 
 _CLAUSES = ("Q1", "Q2", "Q3", "Q4", "Q5", "Q6")
@@ -18,14 +18,12 @@ def codec_cases() -> list[Case]:
         for shape, compute, zero_rows in product(SHAPES, ("float32", "bfloat16"), (False, True))
     ]
     rest = [_case(shape, compute=compute) for shape, compute in product((ODD, MANY_BLOCKS), ("float32", "bfloat16"))]
-    return plain + rest + [_case(shape, ties=True) for shape in SHAPES]
+    return plain + rest + [_case(shape, inputs="ties") for shape in SHAPES]
 
 
 def _case(shape: Shape, **fields: Any) -> Case:
-    return Case(
+    return DecodeCase(
         link="frameworks",
-        model="codec",
-        proof="decode",
         layers=shape.layers,
         shape_name=shape.name,
         rank=shape.rank,

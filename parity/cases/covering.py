@@ -181,7 +181,7 @@ def _sharded(row: Row) -> Case:
     resume = {"": "", "same": strategy, "other": other}[row["resume"]]
     wire = {"param_dtype": row["wire"], "reduce_dtype": row["wire"]} if row["wire"] else {}
     kept = {name: row[name] for name in ("recompute", "bias", "keep_gathered")}
-    return stack_case(UNEVEN, proof="one-hot", steps=max(2, world), resume=resume, **wire, **kept, **_common(row))
+    return stack_case(UNEVEN, inputs="one-hot", steps=max(2, world), resume=resume, **wire, **kept, **_common(row))
 
 
 def _bounded(row: Row) -> Case:
@@ -189,4 +189,4 @@ def _bounded(row: Row) -> Case:
     features = {"activation": "relu"} if feature == "relu" else {feature: True} if feature else {}
     # a ReLU whose input lies near 0 may flip, and every later step inherits that
     steps = 1 if feature == "relu" else 2
-    return stack_case(UNEVEN, proof="bound", steps=steps, clip=row["clip"], **features, **_common(row))
+    return stack_case(UNEVEN, inputs="gaussian", steps=steps, clip=row["clip"], **features, **_common(row))

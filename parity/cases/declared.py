@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
-from parity.case import UNSHARDED, Case
+from parity.case import UNSHARDED, StackCase, StartCase, TrainCase
 from parity.cases.shapes import DENSE_LATTICE_SCALING, Shape
 
 LAYER = ("D1", "D2", "D3", "D5", "D11", "G1")
@@ -18,8 +18,16 @@ FSDP = ("fsdp1", "fsdp1-orig", "fsdp2")
 """The strategies that cut every tensor over all ranks."""
 
 
-def stack_case(shape: Shape, **fields: Any) -> Case:
-    """A stack, and the clauses that its features add."""
+Kind = TypeVar("Kind", bound=StackCase)
+
+
+def stack_case(shape: Shape, **fields: Any) -> TrainCase:
+    """A stack that trains, and the clauses that its features add."""
+    return case_of(TrainCase, shape, **fields)
+
+
+def case_of(kind: type[Kind], shape: Shape, **fields: Any) -> Kind:
+    """The same of any kind."""
     clauses = list(LAYER)
     clauses += ["D7"] if fields.get("zero_rows") else []
     clauses += ["D8"] if fields.get("bias") else []
@@ -27,7 +35,7 @@ def stack_case(shape: Shape, **fields: Any) -> Case:
     clauses += ["D12"] if fields.get("zero_b") else []
     clauses += ["Q4", "D6"] if fields.get("base") in {"nf4", "fp4"} else []
     clauses += ["Q6"] if fields.get("base") in {"nf4", "fp4"} and not fields.get("flat") else []
-    clauses += ["T3"] if fields["proof"] not in {"start", "root"} else []
+    clauses += ["T3"] if kind is not StartCase else []
     clauses += _training_clauses(fields)
     if fields.get("strategy", UNSHARDED) != UNSHARDED:
         clauses += SHARDED if fields["strategy"] != "ddp" else ["S3"]
@@ -37,17 +45,16 @@ def stack_case(shape: Shape, **fields: Any) -> Case:
         clauses += ["S4"] if fields["strategy"] == "shard-map" else []  # the one form that takes norms locally
         clauses += ["S8"] if fields["strategy"] == "fsdp1-orig" else []  # where reading from outside raises
         clauses += ["S6"] if fields.get("base") in {"nf4", "fp4"} else []
-    if fields["proof"] == "neutral":
-        clauses = ["D12", "D8"]
-    if fields["proof"] == "one-hot":  # a twin is the same code: it shows how that is sharded, not that it is right
+    inputs = fields.get("inputs", "gaussian")
+    if inputs == "one-hot":  # a twin is the same code: it shows how that is sharded, not that it is right
         clauses = [clause for clause in clauses if clause[0] in "ST" or clause == "D11"]
     clauses = list(dict.fromkeys(clauses))
     scaling = shape.scaling
-    if fields["proof"] in {"lattice", "root"}:
+    if inputs in {"lattice", "integers"}:
         scaling = shape.packed_lattice_scaling if fields.get("base") in {"nf4", "fp4"} else DENSE_LATTICE_SCALING
     divisor = math.sqrt(shape.rank) if fields.get("rank_stabilized") else shape.rank
-    fields = {"rank": shape.rank, "alpha": scaling * divisor, **fields}
-    return Case(model="stack", layers=shape.layers, shape_name=shape.name, clauses=tuple(clauses), **fields)
+    fields = {"rank": shape.rank, "alpha": scaling * divisor, "clauses": tuple(clauses), **fields}
+    return kind(layers=shape.layers, shape_name=shape.name, **fields)
 
 
 def _mesh_clauses(strategy: str) -> list[str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from parity.case import UNSHARDED, Case
-from parity.cases.declared import stack_case
+from parity.case import UNSHARDED, Case, CheckpointCase, ExchangeCase, MergeCase, RefuseCase
+from parity.cases.declared import case_of
 from parity.cases.shapes import LLAMA, THIN, UNEVEN
 
 _PLACES = ((UNSHARDED, 1), ("fsdp1", 3), ("fsdp1-orig", 2), ("fsdp2", 4), ("hsdp", 4), ("ddp", 2))
@@ -34,22 +33,29 @@ def file_cases() -> list[Case]:
 
 def _merged() -> Iterator[Case]:
     """Link 3: against the oracle, bitwise on lattices. Link 2: from the files of sharded adapters, the same bits."""
-    merge = {"task": "merge", "steps": 0}
     for base, features in product(("float32", "bfloat16", "nf4"), ({}, {"bias": True}, {"zero_b": True})):
-        yield _only("D10", stack_case(UNEVEN, link="frameworks", proof="lattice", base=base, **features, **merge))
+        yield _merge(link="frameworks", inputs="lattice", base=base, **features)
     for base in ("float32", "nf4"):
-        yield _only("D10", stack_case(UNEVEN, link="frameworks", proof="bound", base=base, zero_rows=True, **merge))
+        yield _merge(link="frameworks", inputs="gaussian", base=base, zero_rows=True)
     for base, (strategy, world) in product(("float32", "nf4"), _PLACES[1:]):
-        at = {"link": "shards", "proof": "files", "base": base, "strategy": strategy, "world": world}
-        yield _only("D10", stack_case(UNEVEN, **at, **merge))
+        yield _merge(link="shards", inputs="gaussian", base=base, strategy=strategy, world=world)
+
+
+def _merge(**fields: Any) -> MergeCase:
+    """The clauses of the layer that no gradient shows."""
+    clauses = ["D10", "D1", "D2", "D3"]
+    clauses += ["D6", "Q4", "Q6"] if fields["base"] == "nf4" else []
+    clauses += ["D7"] if fields.get("zero_rows") else []
+    return case_of(MergeCase, UNEVEN, clauses=tuple(clauses), **fields)
 
 
 def _exchanged() -> Iterator[Case]:
     """C1: what sharded ranks write the reference reads, and what it writes they read, to the bit."""
-    for task, (strategy, world) in product(("written", "read"), _PLACES):
-        at = {"proof": "files", "strategy": strategy, "world": world, "task": task, "steps": 0}
+    for direction, (strategy, world) in product(("written", "read"), _PLACES):
+        whole = ("C4",) if direction == "written" and strategy != UNSHARDED else ()  # the reader finds no rank's part
+        at = {"direction": direction, "strategy": strategy, "world": world, "clauses": ("C1", "D1", *whole)}
         for shape, features in ((UNEVEN, {"rank_stabilized": True}), (THIN, {"base": "nf4"})):
-            yield _only("C1", stack_case(shape, link="frameworks", **at, **features))
+            yield case_of(ExchangeCase, shape, link="frameworks", **at, **features)
 
 
 def _checkpoints() -> Iterator[Case]:
@@ -62,15 +68,13 @@ def _checkpoints() -> Iterator[Case]:
     yield _checkpoint(strategy="fsdp2", world=4, storage="float16")
 
 
-def _checkpoint(**features: Any) -> Case:
+def _checkpoint(**features: Any) -> CheckpointCase:
     clauses = ["C2", "Q1", "Q2", "Q3", "Q4"]
     clauses += [] if features.get("flat") else ["Q6"]
     clauses += ["S6"] if "world" in features else []
-    fields = {"base": "nf4", "task": "written", "steps": 0, **features}
-    return Case(
+    fields = {"base": "nf4", **features}
+    return CheckpointCase(
         link="frameworks",
-        model="checkpoint",
-        proof="files",
         layers=LLAMA.layers,
         shape_name=LLAMA.name,
         rank=LLAMA.rank,
@@ -83,14 +87,5 @@ def _checkpoint(**features: Any) -> Case:
 def _refused() -> Iterator[Case]:
     for subject, refusals in _REFUSALS.items():
         for bad, clause in refusals.items():
-            at = {"proof": "refusal", "task": "refuse", "bad": bad, "steps": 0, "subject": subject, "base": "nf4"}
-            yield replace(stack_case(UNEVEN, link="frameworks", **at), clauses=(clause,))
-
-
-def _only(clause: str, case: Case) -> Case:
-    """The clauses that such a case shows: of the layer no gradient takes part."""
-    whole = ("C4",) if case.task == "written" and case.strategy != UNSHARDED else ()  # the reader finds no rank's part
-    layer = ("D2", "D3", *(("D6", "Q4", "Q6") if case.base == "nf4" else ())) if clause == "D10" else ()
-    also = ("D1", *layer, *whole)
-    zero = ("D7",) if case.zero_rows else ()
-    return replace(case, clauses=(clause, *also, *zero))
+            at = {"bad": bad, "subject": subject, "base": "nf4", "clauses": (clause,)}
+            yield case_of(RefuseCase, UNEVEN, link="frameworks", **at)

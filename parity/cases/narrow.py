@@ -16,7 +16,7 @@ def narrow_cases() -> Iterator[Case]:
 
     Two layers certify in four bits alone; odd worlds multiply the cotangent by what bfloat16 does not hold.
     """
-    narrow = {"proof": "lattice", "compute": "bfloat16"}
+    narrow = {"inputs": "lattice", "compute": "bfloat16"}
     layers = [layer_of(shape, position) for shape in SHAPES for position in range(len(shape.layers))]
     for layer, base in product(layers, ("bfloat16", "nf4")):
         yield stack_case(layer, link="frameworks", base=base, **narrow)
@@ -27,7 +27,7 @@ def narrow_cases() -> Iterator[Case]:
         yield stack_case(last, link="frameworks", base=base, tokens=8, **features, **narrow)
     for (strategy, world), base in product(_PLACES, ("bfloat16", "nf4")):
         yield stack_case(last, link="shards", base=base, strategy=strategy, world=world, **narrow)
-    half = {"proof": "lattice", "compute": "float16", "bias": True}
+    half = {"inputs": "lattice", "compute": "float16", "bias": True}
     for base in ("float32", "nf4"):
         yield stack_case(last, link="frameworks", base=base, **half)
         yield stack_case(last, link="frameworks", base=base, tokens=8, dropout=0.5, **half)

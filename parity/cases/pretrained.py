@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from parity.case import UNSHARDED, Case
+from parity.case import UNSHARDED, NetworkCase
 from parity.cases.declared import LAYER, SHARDED
 
 Sharded = tuple[tuple[str, tuple[str, str]], ...]
@@ -30,25 +30,25 @@ QUICK_BLOCKS = 2
 ALL_BLOCKS = 30
 
 
-def pretrained_cases(tier: str) -> list[Case]:
+def pretrained_cases(tier: str) -> list[NetworkCase]:
     """Two blocks, in the quick tier each strategy and each precision; all blocks besides in the full one."""
     if tier == "quick":
         return list(_declare(QUICK_BLOCKS, _QUICK_SHARDED, _QUICK_WHOLE))
     return [case for blocks in (QUICK_BLOCKS, ALL_BLOCKS) for case in _declare(blocks, _SHARDED, _WHOLE)]
 
 
-def _case(**fields: Any) -> Case:
+def _case(**fields: Any) -> NetworkCase:
     clauses = (*LAYER, *(("Q4", "Q6", "D6", "S6") if fields["base"] == "nf4" else ()))
     sharded = fields.get("strategy", UNSHARDED) != UNSHARDED
     clauses += tuple(clause for clause in SHARDED if clause != "S7") if sharded else ()  # stacks show units and order
-    return Case(model="pretrained", rank=8, alpha=12.0, tokens=128, clauses=clauses, **fields)
+    return NetworkCase(rank=8, alpha=12.0, tokens=128, clauses=clauses, **fields)
 
 
-def _declare(blocks: int, sharded: Sharded, whole: Whole) -> Iterator[Case]:
+def _declare(blocks: int, sharded: Sharded, whole: Whole) -> Iterator[NetworkCase]:
     """Link 2 with a one-hot rank (bitwise), and link 3 within `sensitivity` where the network is float32."""
     for strategy, (base, compute) in sharded:
         fields = {"strategy": strategy, "world": _WORLD, "base": base, "compute": compute, "blocks": blocks}
-        yield _case(link="shards", proof="one-hot", steps=2, **fields)
+        yield _case(link="shards", inputs="one-hot", steps=2, **fields)
     for strategy, base in whole:
         fields = {"strategy": strategy, "world": _WORLD, "base": base, "blocks": blocks}
-        yield _case(link="frameworks", proof="sensitivity", **fields)
+        yield _case(link="frameworks", inputs="text", **fields)

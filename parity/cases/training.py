@@ -45,7 +45,7 @@ def training_cases(tier: str) -> list[Case]:
 
 def _lattices(places: Places) -> Iterator[Case]:
     """T1: unequal parts of a batch, reduced after each or once (T5). T2, S5: clipped by the norm of all shards."""
-    lattice = {"link": "training", "proof": "lattice"}
+    lattice = {"link": "training", "inputs": "lattice"}
     for strategy, world in ((UNSHARDED, 1), *places):
         at = {"strategy": strategy, "world": world, **lattice}
         for late in (False, True):
@@ -62,10 +62,10 @@ def _lattices(places: Places) -> Iterator[Case]:
 def _steps(places: Places) -> Iterator[Case]:
     """T3, T4: AdamW with its moments in float32, on every shard; a narrow reduction that must not reach adapters."""
     for base in ("float32", "nf4"):
-        yield stack_case(UNEVEN, link="training", proof="bound", optimizer="adamw", base=base, steps=2)
+        yield stack_case(UNEVEN, link="training", inputs="gaussian", optimizer="adamw", base=base, steps=2)
     for strategy, world in (("fsdp2", 2), ("hsdp", 4)):
         at = {"strategy": strategy, "world": world}
-        yield stack_case(UNEVEN, link="training", proof="bound", optimizer="adamw", steps=2, **at)
+        yield stack_case(UNEVEN, link="training", inputs="gaussian", optimizer="adamw", steps=2, **at)
     for strategy, world in places:
         yield _one_hot(UNEVEN, strategy, world, optimizer="adamw")
     narrow = {"compute": "bfloat16", "param_dtype": "bfloat16", "reduce_dtype": "bfloat16"}
@@ -94,4 +94,4 @@ def _resharded() -> Iterator[Case]:
 
 def _one_hot(shape: Any, strategy: str, world: int, **fields: Any) -> Case:
     at = {"strategy": strategy, "world": world, "steps": max(2, world)}
-    return stack_case(shape, link="training", proof="one-hot", **at, **fields)
+    return stack_case(shape, link="training", inputs="one-hot", **at, **fields)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from parity.case import Case
+from parity.case import TrainCase
 from parity.checks.clauses import clauses_of
 from parity.checks.shard_check import Check, Expected, check_shard
 from parity.shard import Shard
 
 
-def expected_collectives(case: Case) -> np.ndarray:
+def expected_collectives(case: TrainCase) -> np.ndarray:
     """All-gathers, reduce-scatters and all-reduces of one step on each rank, in this order.
 
     Every forward gathers every unit. Every backward gathers them again unless they were kept; FSDP1 leaves out the
@@ -29,7 +29,7 @@ def expected_collectives(case: Case) -> np.ndarray:
     return np.array([gathers * case.accumulate, reductions, reductions if case.copies > 1 else 0])
 
 
-def check_collectives(case: Case, shards: list[Shard]) -> list[Check]:
+def check_collectives(case: TrainCase, shards: list[Shard]) -> list[Check]:
     """One check a rank and step."""
     value = expected_collectives(case)
     return [

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Literal
 
 import numpy as np
 
-from parity.case import Case
+from parity.case import Case, MergeCase, StackCase, StartCase, SteppedCase, Tolerance, TrainCase
 from parity.checks.clauses import clauses_of
 from parity.checks.shard_check import Against, Expected, Mode
 from parity.errors import CaseFailed
@@ -42,23 +43,22 @@ class Comparison:
     """A row of the table."""
 
     against: Against
-    mode: Mode
+    mode: Mode | Literal[""]
+    """Empty where words are compared, and no tensor."""
 
 
-TABLE: dict[str, Comparison] = {
-    "lattice": Comparison("oracle", "bitwise"),
-    "one-hot": Comparison("twin", "bitwise"),
+TABLE: dict[Tolerance, Comparison] = {
+    "bitwise": Comparison("oracle", "bitwise"),
+    "twin": Comparison("twin", "bitwise"),
     "bound": Comparison("oracle", "bound"),
-    "start": Comparison("oracle", "bound"),
-    "root": Comparison("oracle", "ulp"),
-    "sensitivity": Comparison("oracle", "norm"),
-    "decode": Comparison("oracle", "bits"),
-    "files": Comparison("oracle", "bits"),
-    "neutral": Comparison("itself", "bitwise"),
+    "ulp": Comparison("oracle", "ulp"),
+    "norm": Comparison("oracle", "norm"),
+    "bits": Comparison("oracle", "bits"),
+    "plain": Comparison("itself", "bits"),
+    "named": Comparison("refusal", ""),
 }
-"""By proof, for what trains. Three things depart from it: a lattice on which a root or a moment takes part is bounded
-(`Case.is_exact`); sharded merges and starts are compared with the twin (`Case.has_twin`); and frozen weights, sharded
-or not, with the bits that the oracle packs, and with themselves before the first step."""
+"""By the case's tolerance. Two things depart from it: frozen weights, sharded or not, are compared with the bits that
+the oracle packs, and with themselves before the first step; and of a network only gradients have a norm's limit."""
 
 
 def from_oracle(case: Case, predictions: Predictions) -> Expectations:
@@ -82,6 +82,8 @@ def from_twin(case: Case, twin: list[Shard]) -> Expectations:
         step, kind, name = missed[0]
         raise CaseFailed(f"unsharded, it gives no {kind} of {name} at step {step}; {len(missed)} tensors are missing")
     wholes = assembled(twin)
+    again = isinstance(case, SteppedCase) and case.recompute
+    left_out = OBSERVED if again else ()  # the twin does not compute anything twice
     expectations = {
         shard.key: Expected(
             value=wholes[shard.key],
@@ -92,7 +94,7 @@ def from_twin(case: Case, twin: list[Shard]) -> Expectations:
             coarsest=COARSEST[case.compute],
         )
         for shard in twin
-        if shard.kind not in (*OWN, *(OBSERVED if case.recompute else ()))  # the twin does not compute anything twice
+        if shard.kind not in (*OWN, *left_out)
         and not (shard.kind == "gradient" and is_frozen(shard))  # `frozen_gradients` refuses it wherever it comes from
     }
     return _without_repeats(case, expectations)
@@ -128,7 +130,7 @@ def from_itself(case: Case, shards: list[Shard]) -> Expectations:
 
 
 def _against_oracle(case: Case, key: Key, prediction: Prediction) -> Expected:
-    row, kind = TABLE[case.proof], key[1]
+    row, kind = TABLE[case.tolerance], key[1]
     about = {
         "clauses": clauses_of(case, key, "oracle"),
         "dtype": dtype_of(case, key),
@@ -143,7 +145,7 @@ def _against_oracle(case: Case, key: Key, prediction: Prediction) -> Expected:
         return Expected(value=_exactly_float32(case, key, value), mode="bitwise", **about)
     if row.mode == "ulp":
         return Expected(value=value, mode="ulp", limit=ROOT_ULPS, **about)
-    mode = "norm" if case.proof == "sensitivity" and kind in {"gradient", "loss"} else "bound"
+    mode = "norm" if row.mode == "norm" and kind in {"gradient", "loss"} else "bound"
     # D5 is about these two alone; elsewhere its mutant differs by what a step later follows from them
     nearest = prediction.mutants if kind == "gradient" and key[2].endswith(("lora_A", "lora_B")) else {}
     return Expected(value=value, mode=mode, limit=limit, mutants=nearest, no_claim=prediction.no_claim, **about)
@@ -155,7 +157,7 @@ def _seen_by_ranks(case: Case, key: Key, prediction: Prediction) -> tuple[np.nda
     Losses come from the oracle by token; a rank has those of its tokens.
     """
     value, limit = prediction.value, prediction.limit
-    if case.model != "stack" or key[1] not in {"input_gradient", "loss"} or case.link == "algebra":
+    if not isinstance(case, TrainCase) or key[1] not in {"input_gradient", "loss"} or case.link == "algebra":
         return value, limit
     if key[1] == "loss":
         dealt = deal_tokens(case.tokens, case.input_world)
@@ -189,11 +191,13 @@ def _exactly_float32(case: Case, key: Key, value: np.ndarray) -> np.ndarray:
 
 def _without_repeats(case: Case, expectations: Expectations) -> Expectations:
     """The first step's momentum is the gradient once more: checked, and not counted a second time."""
+    if not isinstance(case, SteppedCase) or case.optimizer != "sgd":
+        return expectations
     key_of = {key: (key[0], "gradient", key[2]) for key in expectations if key[1] == "optimizer:momentum_buffer"}
     repeated = {
         key: replace(expectations[key], repeats="the first gradient")
         for key, gradient in key_of.items()
-        if key[0] == 1 and gradient in expectations and case.optimizer == "sgd"
+        if key[0] == 1 and gradient in expectations
     }
     return expectations | repeated
 
@@ -225,14 +229,15 @@ def _is_owed(key: Key, gives: tuple[str, ...]) -> bool:
 
 def owed(case: Case) -> set[Key]:
     """What an unsharded twin must give, from the case alone; nothing for a network, whose names link 3 has."""
-    if case.model != "stack":
-        return set()
-    names = [f"layers.{position}" for position in range(len(case.layers))]
-    if case.task == "merge":
-        return {(0, "merged", f"{name}.weight") for name in names}
-    if case.proof == "start":
-        return {(0, "parameter", f"{name}.magnitude") for name in names}
-    factors = FACTORS if case.method == "dora" else FACTORS[:2]
-    tensors = [f"{name}.{factor}" for name in names for factor in factors]
-    kinds = ("gradient", "parameter", *case.state_kinds)
-    return set(product(range(1, case.steps + 1), kinds, tensors))
+    names = [f"layers.{position}" for position in range(len(case.layers))] if isinstance(case, StackCase) else []
+    match case:
+        case MergeCase():
+            return {(0, "merged", f"{name}.weight") for name in names}
+        case StartCase():
+            return {(0, "parameter", f"{name}.magnitude") for name in names}
+        case TrainCase():
+            factors = FACTORS if case.method == "dora" else FACTORS[:2]
+            tensors = [f"{name}.{factor}" for name in names for factor in factors]
+            kinds = ("gradient", "parameter", *case.state_kinds)
+            return set(product(range(1, case.steps + 1), kinds, tensors))
+    return set()

@@ -6,11 +6,11 @@ the optimizer has the rates, the groups and the number of steps that the case de
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from parity.case import Case
+from parity.case import SteppedCase
 from parity.checks.clauses import clauses_of
 from parity.checks.expectation import assembled, is_frozen
 from parity.checks.shard_check import Check, Expected, check_shard, failure
@@ -21,12 +21,12 @@ BEFORE, AFTER = "before", "after"
 """The names of a generator's state when a run is saved, and when it has been read back."""
 
 
-def unchanged(case: Case, shards: list[Shard]) -> list[Check]:
+def unchanged(case: SteppedCase, shards: list[Shard]) -> list[Check]:
     """Frozen weights after training against those before, by bits; digests where they are too large to send."""
     return [*_frozen(case, shards), *_digests(case, shards), *_generators(case, shards)]
 
 
-def _frozen(case: Case, shards: list[Shard]) -> Iterator[Check]:
+def _frozen(case: SteppedCase, shards: list[Shard]) -> Iterator[Check]:
     parameters = [shard for shard in shards if shard.kind == "parameter" and is_frozen(shard)]
     wholes = assembled(shard for shard in parameters if shard.step == 0)
     for shard in parameters:
@@ -37,7 +37,7 @@ def _frozen(case: Case, shards: list[Shard]) -> Iterator[Check]:
             yield failure(shard.key, shard.rank, "it was not there before the first step", against="itself")
 
 
-def _digests(case: Case, shards: list[Shard]) -> Iterator[Check]:
+def _digests(case: SteppedCase, shards: list[Shard]) -> Iterator[Check]:
     digests = [shard for shard in shards if shard.kind == "digest"]
     first = {(shard.rank, shard.name): shard.array for shard in digests if shard.step == 0}
     for shard in digests:
@@ -46,7 +46,7 @@ def _digests(case: Case, shards: list[Shard]) -> Iterator[Check]:
             yield _compared(case, shard, before, "it was not there before the first step")
 
 
-def _generators(case: Case, shards: list[Shard]) -> Iterator[Check]:
+def _generators(case: SteppedCase, shards: list[Shard]) -> Iterator[Check]:
     """T6: after resumption each rank draws what it would have drawn."""
     states = {(s.rank, s.name): s for s in shards if s.kind == "generator"}
     for (rank, name), shard in states.items():
@@ -55,17 +55,17 @@ def _generators(case: Case, shards: list[Shard]) -> Iterator[Check]:
             yield _compared(case, shard, before and before.array, "no generator was saved")
 
 
-def _compared(case: Case, shard: Shard, before: np.ndarray | None, absent: str) -> Check:
+def _compared(case: SteppedCase, shard: Shard, before: np.ndarray | None, absent: str) -> Check:
     if before is None:
         return failure(shard.key, shard.rank, absent, against="itself", clauses=clauses_of(case, shard.key, "itself"))
     return check_shard(shard, _itself(case, shard.key, before))
 
 
-def _itself(case: Case, key: Key, value: np.ndarray) -> Expected:
+def _itself(case: SteppedCase, key: Key, value: np.ndarray) -> Expected:
     return Expected(value=value, mode="bits", against="itself", clauses=clauses_of(case, key, "itself"))
 
 
-def as_declared(case: Case, shards: list[Shard]) -> list[Check]:
+def as_declared(case: SteppedCase, shards: list[Shard]) -> list[Check]:
     """The optimizer's settings and step count after every step, against the case."""
     checks = []
     for shard in shards:
@@ -81,7 +81,7 @@ def as_declared(case: Case, shards: list[Shard]) -> list[Check]:
     return checks
 
 
-_SETTINGS = {
+_SETTINGS: dict[str, Callable[[SteppedCase, int], float | tuple[float, ...]]] = {
     "lr": lambda case, _: case.learning_rate,
     "momentum": lambda case, _: case.momentum,
     "weight_decay": lambda case, _: case.weight_decay if case.optimizer == "adamw" else 0.0,

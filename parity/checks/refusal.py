@@ -6,7 +6,7 @@ bad thing is taken is the failed check.
 
 from __future__ import annotations
 
-from parity.case import Case
+from parity.case import RefuseCase
 from parity.checks.shard_check import Check
 
 NAMED = {
@@ -25,7 +25,7 @@ NAMED = {
 """For each bad thing, the words that the refusal must hold: which tensor or file, and where or how."""
 
 
-def check_refusal(case: Case, said: str) -> Check:
+def check_refusal(case: RefuseCase, said: str) -> Check:
     """Whether it was refused, and everything named."""
     missing = [word for word in NAMED[case.bad] if word not in said]
     fault = f"the refusal does not name {', '.join(missing)}: {said}" if missing else ""

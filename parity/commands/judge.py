@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from parity.case import UNSHARDED, Case
+from parity.case import UNSHARDED, Case, ExchangeCase, MergeCase, RefuseCase, TrainCase, default_of
 from parity.cases import Tier, cases_of
 from parity.pipeline import Assignment
 
-_EXACT_FIRST = ("lattice", "bound")
+_ALIKE = ("layers", "bias", "dropout", "method")
+"""In what a judge should be like what it judges."""
+_EXACT_FIRST = ("lattice", "gaussian")
 
 
 def with_judges(assignments: list[Assignment], tier: Tier, seed: int) -> list[Assignment]:
@@ -25,8 +27,8 @@ def with_judges(assignments: list[Assignment], tier: Tier, seed: int) -> list[As
 
 
 def _judges(cases: list[Case], tier: Tier, seed: int) -> list[Case]:
-    judged = {_kind(case) for case in cases if not case.has_twin and case.task == "train"}
-    wanted = {_kind(case): case for case in cases if case.has_twin and case.task == "train"}
+    judged = {_kind(case) for case in cases if not case.has_twin and _is_computed(case)}
+    wanted = {_kind(case): case for case in cases if case.has_twin and _is_computed(case)}
     found: dict[str, Case] = {}
     for kind, case in wanted.items():
         if kind not in judged:
@@ -35,27 +37,29 @@ def _judges(cases: list[Case], tier: Tier, seed: int) -> list[Case]:
     return list(found.values())
 
 
+def _is_computed(case: Case) -> bool:
+    """What is made of files is another matter."""
+    return not isinstance(case, MergeCase | ExchangeCase | RefuseCase)
+
+
 def _kind(case: Case) -> tuple:
     """What one judge can speak for: the stored base and the compute dtype."""
     return case.subject, case.base, case.compute
 
 
-def _nearest(case: Case, tier: Tier, seed: int) -> Case | None:
+def _nearest(case: Case, tier: Tier, seed: int) -> TrainCase | None:
     """An unsharded case of that kind: of the same shape and exact, if there is one."""
-    candidates = [dataclasses.replace(other, seed=seed) for other in cases_of(tier) if _can_judge(other, case)]
+    stacks = [other for other in cases_of(tier) if isinstance(other, TrainCase)]
+    candidates = [dataclasses.replace(other, seed=seed) for other in stacks if _can_judge(other, case)]
     return min(candidates, key=lambda other: _rank(other, case), default=None)
 
 
-def _can_judge(other: Case, case: Case) -> bool:
-    return (
-        _kind(other) == _kind(case)
-        and other.model == "stack"
-        and other.strategy == UNSHARDED
-        and other.task == "train"
-        and other.proof in _EXACT_FIRST
-    )
+def _can_judge(other: TrainCase, case: Case) -> bool:
+    return _kind(other) == _kind(case) and other.strategy == UNSHARDED and other.inputs in _EXACT_FIRST
 
 
-def _rank(other: Case, case: Case) -> tuple:
-    differences = sum(getattr(other, name) != getattr(case, name) for name in ("layers", "bias", "dropout", "method"))
-    return differences, _EXACT_FIRST.index(other.proof), len(other.id)
+def _rank(other: TrainCase, case: Case) -> tuple:
+    """A case without such a field is as one that says nothing of it."""
+    wanted = {name: getattr(case, name, default_of(TrainCase, name)) for name in _ALIKE}
+    differences = sum(getattr(other, name) != value for name, value in wanted.items())
+    return differences, _EXACT_FIRST.index(other.inputs), len(other.id)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from parity.bugs.known import BUGS
-from parity.case import Case
+from parity.case import ControlCase
 from parity.cases import cases_of
 from parity.checks.shard_check import Check
 from parity.commands.expression import compile_expression
@@ -86,11 +86,9 @@ def control_results(names: Iterable[str], pipeline: Pipeline) -> Iterator[CaseRe
         )
 
 
-def control_case(name: str) -> Case:
+def control_case(name: str) -> ControlCase:
     """A case that stands for a mutant in the results."""
-    return Case(
-        link="controls", model="stack", proof="bound", shape_name=name, subject="mutant", clauses=BUGS[name].clauses
-    )
+    return ControlCase(shape_name=name, clauses=BUGS[name].clauses)
 
 
 def _control_check(pair: tuple[str, str], verdict: Verdict) -> Check:

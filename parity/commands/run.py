@@ -13,7 +13,7 @@ from rich.console import Console
 
 from parity.bugs.diagnosis import diagnose
 from parity.bugs.known import CONTROLS
-from parity.case import Case
+from parity.case import Case, NetworkCase
 from parity.commands.choose import choose
 from parity.commands.judge import with_judges
 from parity.commands.mutants import control_results
@@ -83,7 +83,7 @@ def find_model(cases: list[Case], asked: Path | None) -> tuple[Path | None, str]
     Raises:
         CannotRun: `--model` names no sound checkpoint.
     """
-    if not any(case.model == "pretrained" for case in cases):
+    if not any(isinstance(case, NetworkCase) for case in cases):
         return None, ""
     try:
         model = locate(asked)

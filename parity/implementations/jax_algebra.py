@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from parity.case import Case
+from parity.case import Case, TrainCase
 from parity.inputs import stack_inputs
 from parity.job import Place
 from parity.oracle.stack import FACTORS, stack_arrays
@@ -28,9 +28,10 @@ class _OneLayer:
 
     def refuses(self, case: Case) -> str | None:
         """One layer of float64, unsharded."""
-        return None if case.compute == "float64" and len(case.layers) == 1 else "link 1 takes one layer in float64"
+        fits = isinstance(case, TrainCase) and case.compute == "float64" and len(case.layers) == 1
+        return None if fits else "link 1 takes one layer in float64"
 
-    def run(self, case: Case, place: Place) -> Iterator[Shard]:
+    def run(self, case: TrainCase, place: Place) -> Iterator[Shard]:
         """The three gradients of step 1."""
         (weight,), _, (adapter,) = stack_arrays(case)
         inputs = stack_inputs(case)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from parity.case import Case
+from parity.case import Case, CheckpointCase, ExchangeCase, RefuseCase, StackCase
 from parity.inputs import stack_inputs
 from parity.inputs.llama import LEFT, LINEARS
 from parity.job import Place
@@ -31,16 +31,16 @@ class JaxFiles:
 
     def refuses(self, case: Case) -> str | None:
         """Adapter files of stacks, packed checkpoints, and what it knows to be bad."""
-        known = case.task in {"written", "read"} or case.bad in _MEET
+        known = isinstance(case, ExchangeCase) or (isinstance(case, RefuseCase) and case.bad in _MEET)
         return None if known else "the reference has files and refusals alone here"
 
-    def run(self, case: Case, place: Place) -> Iterator[Shard]:
+    def run(self, case: ExchangeCase, place: Place) -> Iterator[Shard]:
         """Every tensor that was read, whole; nothing where it writes."""
-        if case.model == "checkpoint":
+        if isinstance(case, CheckpointCase):
             yield from _packed(case, place.folder)
             return
         adapters = _adapters(case)
-        if case.task == "read":
+        if case.direction == "read":
             config = AdapterConfig(rank=case.rank, alpha=case.alpha, rank_stabilized=case.rank_stabilized)
             write_adapter(place.folder, adapters, config)
             return
@@ -51,19 +51,19 @@ class JaxFiles:
             for factor in FACTORS:
                 yield _whole(f"{name}.{factor}", "parameter", np.asarray(getattr(adapter, factor)))
 
-    def meet(self, case: Case, *, bad: bool) -> None:
+    def meet(self, case: RefuseCase, *, bad: bool) -> None:
         """Take it, or raise."""
         with tempfile.TemporaryDirectory(prefix="dora-parity-") as folder:
             _MEET[case.bad](case, Path(folder), bad)
 
 
-def _adapters(case: Case) -> dict[str, Adapter]:
+def _adapters(case: StackCase) -> dict[str, Adapter]:
     inputs = stack_inputs(case)
     names = [f"layers.{position}" for position in range(len(case.layers))]
     return {name: Adapter(*(jnp.asarray(inputs[f"{name}.{factor}"]) for factor in FACTORS)) for name in names}
 
 
-def _packed(case: Case, folder: Path) -> Iterator[Shard]:
+def _packed(case: CheckpointCase, folder: Path) -> Iterator[Shard]:
     """C2: bytes and scales as they are stored, and every weight as the network will use it."""
     found = read_quantised_checkpoint(folder, dtype=case.compute)
     for name, weight in found.packed.items():
@@ -81,13 +81,13 @@ def _whole(name: str, kind: str, array: np.ndarray) -> Shard:
     return Shard(name=name, kind=kind, step=0, global_shape=array.shape, index=index, array=array)
 
 
-def _other_codebook(_case: Case, _folder: Path, bad: bool) -> None:
+def _other_codebook(_case: RefuseCase, _folder: Path, bad: bool) -> None:
     """Q8: torchao's table is bitsandbytes' to four decimals."""
     code = np.round(codebooks.NF4_CODE, 4) if bad else codebooks.NF4_CODE
     quant.require_known_code(jnp.asarray(code))
 
 
-def _pickled_state(case: Case, folder: Path, bad: bool) -> None:
+def _pickled_state(case: RefuseCase, folder: Path, bad: bool) -> None:
     """C3: a pickle under the name of a state."""
     tree, path = _adapters(case), folder / "state.safetensors"
     state.save_state(path, [tree], like=tree)
@@ -96,21 +96,21 @@ def _pickled_state(case: Case, folder: Path, bad: bool) -> None:
     state.load_state(path, tree)
 
 
-def _shard_for_state(case: Case, folder: Path, bad: bool) -> None:
+def _shard_for_state(case: RefuseCase, folder: Path, bad: bool) -> None:
     """C4: one rank's rows, said to be all."""
     tree = _adapters(case)
     halves = [jax.tree.map(lambda whole, part=part: jnp.array_split(whole, 2)[part], tree) for part in (0, 1)]
     state.save_state(folder / "state.safetensors", halves[:1] if bad else halves, like=tree)
 
 
-def _nan_encoded(case: Case, _folder: Path, bad: bool) -> None:
+def _nan_encoded(case: RefuseCase, _folder: Path, bad: bool) -> None:
     """Q7: the codec itself."""
     weight = stack_inputs(case)["layers.1.weight"].copy()
     weight[3, 5] = np.nan if bad else 0.0
     quant.encode(jnp.asarray(weight))
 
 
-_MEET: dict[str, Callable[[Case, Path, bool], None]] = {
+_MEET: dict[str, Callable[[RefuseCase, Path, bool], None]] = {
     "other-codebook": _other_codebook,
     "nan-encoded": _nan_encoded,
     "pickled-state": _pickled_state,

@@ -13,8 +13,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
-from parity.case import Case
-from parity.implementations.jax_sharded import JaxSharded, output_shards, padded_batches, stack_layers
+from parity.case import Case, TrainCase
+from parity.implementations.jax_sharded import output_shards, padded_batches, stack_layers
 from parity.job import Place
 from parity.oracle.stack import FACTORS
 from parity.shard import Shard
@@ -23,15 +23,18 @@ from ref.tensor_parallel import Cut
 from ref.types import Adapter, Layer
 
 
-class JaxMesh(JaxSharded):
+class JaxMesh:
     """Link 2 for tensor-parallel and hybrid JAX."""
+
+    units = ""
+    gives = ("output",)
 
     def refuses(self, case: Case) -> str | None:
         """Stacks in float32, whose features divide among the tensor ranks one way or the other."""
-        fits = case.strategy.startswith("mesh-") and case.model == "stack" and case.compute == "float32"
+        fits = isinstance(case, TrainCase) and case.strategy.startswith("mesh-") and case.compute == "float32"
         return None if fits else "the mesh takes float32 stacks under mesh-RxSxT"
 
-    def run(self, case: Case, place: Place) -> Iterator[Shard]:
+    def run(self, case: TrainCase, place: Place) -> Iterator[Shard]:
         """Every device's part of gradients, parameters and momenta, at every step."""
         replicate, shard, tensor = case.mesh
         devices = mesh.make_mesh(replicate=replicate, shard=shard, tensor=tensor)

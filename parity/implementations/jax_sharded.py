@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from parity.case import UNSHARDED, Case
+from parity.case import UNSHARDED, Case, StackCase, StartCase, TrainCase
 from parity.inputs import batches, forward_tokens, stack_inputs
 from parity.job import Place
 from parity.oracle.stack import FACTORS
@@ -32,15 +32,15 @@ class JaxSharded:
 
     def refuses(self, case: Case) -> str | None:
         """Stacks in float32; unsharded their starting magnitudes alone, since the oracle is the same code."""
-        fits = case.strategy == "shard-map" or (case.strategy == UNSHARDED and case.proof == "root")
-        if not fits or case.model != "stack" or case.compute != "float32":
-            return "the JAX form takes float32 stacks under shard-map"
-        return None
+        trains = isinstance(case, TrainCase) and case.strategy == "shard-map"
+        starts = isinstance(case, StartCase) and case.strategy == UNSHARDED and case.inputs == "integers"
+        fits = (trains or starts) and case.compute == "float32"
+        return None if fits else "the JAX form takes float32 stacks under shard-map"
 
-    def run(self, case: Case, place: Place) -> Iterator[Shard]:
+    def run(self, case: TrainCase | StartCase, place: Place) -> Iterator[Shard]:
         """Every virtual rank's shards, at every step."""
         layers = stack_layers(case)
-        if case.proof == "root":
+        if isinstance(case, StartCase):
             yield from _starting_magnitudes(layers)
             return
         held = _cut([layer.adapter for layer in layers], place.world)
@@ -65,7 +65,7 @@ def _starting_magnitudes(layers: list[Layer]) -> Iterator[Shard]:
         yield Shard(name=name, kind="parameter", step=0, global_shape=array.shape, index=index, array=array)
 
 
-def stack_layers(case: Case) -> list[Layer]:
+def stack_layers(case: StackCase) -> list[Layer]:
     """The stack in float32."""
     inputs = stack_inputs(case)
     scaling = dora.scaling(case.alpha, case.rank, rank_stabilized=case.rank_stabilized)
@@ -84,13 +84,13 @@ def stack_layers(case: Case) -> list[Layer]:
     return layers
 
 
-def _gradients(case: Case, layers: list[Layer], step: int) -> tuple[jax.Array, Rows]:
+def _gradients(case: TrainCase, layers: list[Layer], step: int) -> tuple[jax.Array, Rows]:
     """Each rank's output (padded) and its rows of the mean gradient."""
     x_NTI, G_NTO = padded_batches(case, step)
     return fsdp.sharded_gradients(x_NTI, layers, G_NTO=G_NTO, relu=case.activation == "relu")
 
 
-def output_shards(case: Case, y_NTO: jax.Array, step: int) -> Iterator[Shard]:
+def output_shards(case: TrainCase, y_NTO: jax.Array, step: int) -> Iterator[Shard]:
     """Y of each data rank, less the padding, at the place of its tokens."""
     whole = (case.tokens, y_NTO.shape[-1])
     for rank, y_TO in enumerate(np.asarray(y_NTO)):
@@ -106,7 +106,7 @@ def output_shards(case: Case, y_NTO: jax.Array, step: int) -> Iterator[Shard]:
         )
 
 
-def padded_batches(case: Case, step: int) -> tuple[jax.Array, jax.Array]:
+def padded_batches(case: TrainCase, step: int) -> tuple[jax.Array, jax.Array]:
     """Each data rank's `(x, G)` of a step, as long as the longest."""
     dealt = [batches(case, rank)[step] for rank in range(case.input_world)]
     longest = max(len(x) for x, _ in dealt)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parity.case import Case
+from parity.case import SteppedCase
 from parity.inputs import forward_tokens
 from parity.shard import Shard, whole_index
 from torch_impl.shards import LocalShard
@@ -34,7 +34,7 @@ class Forwards:
     loss: float = 0.0
     """This rank's, as it was backpropagated: S3's world size is in it."""
 
-    def shards(self, case: Case, step: int, rank: int) -> Iterator[Shard]:
+    def shards(self, case: SteppedCase, step: int, rank: int) -> Iterator[Shard]:
         """The loss, and y and dx where they are observed, each at the place of its tokens among all.
 
         In a one-hot case the tokens of the rank whose turn it is are all there are.
@@ -54,7 +54,7 @@ class Forwards:
             array=np.array([self.loss]),
         )
 
-    def _passes(self, case: Case, step: int, rank: int) -> Iterator[Shard]:
+    def _passes(self, case: SteppedCase, step: int, rank: int) -> Iterator[Shard]:
         hot, tokens = case.hot_rank(step - 1), forward_tokens(case, rank, step - 1)
         total = case.tokens if hot is None else sum(part.stop - part.start for part in tokens)
         start = 0 if hot is None else tokens[0].start

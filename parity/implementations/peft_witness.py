@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from parity.case import UNSHARDED, Case
+from parity.case import UNSHARDED, StackCase
 from parity.implementations.torch_dora import _linear  # a plain nn.Linear with the case's numbers
 from parity.implementations.torch_stack import DTYPES, Stack, TorchStack
 from parity.inputs import stack_inputs
@@ -22,7 +22,7 @@ class PeftWitness(TorchStack):
     computes = ("float32", "float64")
     gives = ("output", "input_gradient")
 
-    def build(self, case: Case, device: str) -> nn.Module:
+    def build(self, case: StackCase, device: str) -> nn.Module:
         """`inject_adapter_in_model` on a stack of linears."""
         arrays = {name: torch.from_numpy(array.copy()) for name, array in stack_inputs(case).items()}
         linears = [_linear(arrays, position, DTYPES[case.base]) for position in range(len(case.layers))]

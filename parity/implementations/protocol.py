@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from parity.case import Case
+from parity.case import Case, RefuseCase
 from parity.job import Place
 from parity.shard import Shard
 
@@ -20,13 +20,16 @@ class Implementation(Protocol):
     `input_gradient`, `loss`, `norm`, `ratio`, and `base` for frozen weights under the reference's names."""
 
     def refuses(self, case: Case) -> str | None:
-        """Why this case is not for it (the case is then skipped, and counted), or None."""
+        """Why this case is not for it (the case is then skipped, and counted), or None.
+
+        Every kind of case is asked about: ask for `case.task` before the fields that one kind alone has.
+        """
         ...
 
     def run(self, case: Case, place: Place) -> Iterator[Shard]:
         """Run the case on this rank and give what this rank holds, at every step."""
         ...
 
-    def meet(self, case: Case, *, bad: bool) -> None:
+    def meet(self, case: RefuseCase, *, bad: bool) -> None:
         """Take what is sound, refuse what is bad; asked only of who takes cases of the task `refuse`."""
         ...

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from parity.case import UNSHARDED, Case
+from parity.case import UNSHARDED, CheckpointCase
 from parity.implementations.torch_files import whole
 from parity.implementations.torch_stack import DTYPES, shards_now
 from parity.inputs.llama import llama_sizes, llama_weights
@@ -18,7 +18,7 @@ from torch_impl import DoraConfig, DoraLinear
 from torch_impl.materialize import materialize
 
 
-def packed_shards(case: Case, place: Place, shard: Callable[[nn.Module], nn.Module]) -> Iterator[Shard]:
+def packed_shards(case: CheckpointCase, place: Place, shard: Callable[[nn.Module], nn.Module]) -> Iterator[Shard]:
     """The bytes that each rank holds, and every packed weight, gathered and decoded on each of them."""
     if place.rank == 0:
         _write(case, place.folder)
@@ -35,7 +35,7 @@ def packed_shards(case: Case, place: Place, shard: Callable[[nn.Module], nn.Modu
         yield whole(f"{name}.base.weight", "decoded", weight)
 
 
-def _write(case: Case, folder: Path) -> None:
+def _write(case: CheckpointCase, folder: Path) -> None:
     """Quantise at loading and save, as whoever publishes such a checkpoint does."""
     from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, logging  # noqa: PLC0415 - takes seconds
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from parity.case import Case
+from parity.case import Case, DecodeCase
 from parity.implementations.observed import to_numpy
 from parity.implementations.torch_stack import DTYPES
 from parity.inputs import stack_inputs
@@ -23,7 +23,7 @@ def quant_config(case: Case) -> QuantConfig:
     return QuantConfig(quant_type=case.base, blocksize=case.blocksize, nested=not case.flat)
 
 
-def codec_shards(case: Case, place: Place) -> Iterator[Shard]:
+def codec_shards(case: DecodeCase, place: Place) -> Iterator[Shard]:
     """Quantise each layer's weight and give what is stored and what is read back."""
     inputs = stack_inputs(case)
     for position in range(len(case.layers)):

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import nn
 
-from parity.case import TORCH_STRATEGIES, UNSHARDED, Case
+from parity.case import (
+    TORCH_STRATEGIES,
+    UNSHARDED,
+    Case,
+    CheckpointCase,
+    DecodeCase,
+    ExchangeCase,
+    MergeCase,
+    NetworkCase,
+    NeutralCase,
+    OffsetCase,
+    RefuseCase,
+    StackCase,
+    StartCase,
+    SteppedCase,
+    TrainCase,
+)
 from parity.implementations.layer_observer import layer_observer
 from parity.implementations.observed import Forwards
 from parity.implementations.torch_checkpoint import packed_shards
 from parity.implementations.torch_codec import FOUR_BIT, codec_shards, quant_config
-from parity.implementations.torch_files import KNOWN, meet, merged_shards, read_shards
+from parity.implementations.torch_files import KNOWN, Makes, meet, merged_shards, read_shards
 from parity.implementations.torch_network import build_network, network_losses, offset_shards
 from parity.implementations.torch_neutral import neutral_shards
 from parity.implementations.torch_stack import DTYPES, Stack, TorchStack, shards_now, train
@@ -36,28 +53,34 @@ class TorchDora(TorchStack):
 
     def refuses(self, case: Case) -> str | None:
         """It takes every model; what it lacks is a strategy."""
-        if case.task == "refuse" and case.bad not in KNOWN:
+        if isinstance(case, RefuseCase) and case.bad not in KNOWN:
             return f"{case.bad} is nothing that it could be given"
         return None if case.strategy in self.strategies else f"strategy {case.strategy!r} is not torch's"
 
     def run(self, case: Case, place: Place) -> Iterator[Shard]:
-        """By the kind of model."""
-        if case.model == "codec":
-            yield from codec_shards(case, place)
-        elif case.model == "checkpoint":
-            yield from packed_shards(case, place, partial(self.shard, case=case))
-        elif case.task != "train":
-            yield from self._run_files(case, place)
-        elif case.model == "pretrained":
-            yield from self._run_network(case, place)
-        elif case.proof in {"start", "root"}:
-            yield from self._run_start(case, place)
-        elif case.proof == "neutral":
-            yield from neutral_shards(case, place, partial(self.build, case), partial(self.shard, case=case))
-        else:
-            yield from super().run(case, place)
+        """By the kind of case."""
+        shard = partial(self.shard, case=case)
+        match case:
+            case DecodeCase():
+                yield from codec_shards(case, place)
+            case CheckpointCase():
+                yield from packed_shards(case, place, shard)
+            case MergeCase():
+                yield from merged_shards(case, *self._makes(case, place), shard)
+            case ExchangeCase():
+                yield from self._exchange(case, place)
+            case StartCase():
+                yield from self._run_start(case, place)
+            case NeutralCase():
+                yield from neutral_shards(case, place, partial(self.build, case), shard)
+            case OffsetCase():
+                yield from offset_shards(build_network(case, place, dora_config(case)))
+            case NetworkCase():
+                yield from self._run_network(case, place)
+            case TrainCase():
+                yield from super().run(case, place)
 
-    def build(self, case: Case, device: str) -> nn.Module:
+    def build(self, case: StackCase, device: str) -> nn.Module:
         """A stack of `nn.Linear`, turned into DoRA by the public entry point."""
         arrays = {name: torch.from_numpy(array.copy()) for name, array in stack_inputs(case).items()}
         model = apply_dora(plain_stack(case, device), dora_config(case))
@@ -68,36 +91,39 @@ class TorchDora(TorchStack):
 
     def shard(self, model: nn.Module, case: Case) -> nn.Module:
         """By the public entry point."""
-        wire, reduced = (DTYPES.get(name or "") for name in (case.param_dtype, case.reduce_dtype))
-        config = ShardConfig(
-            strategy=case.strategy,
-            param_dtype=wire,
-            reduce_dtype=reduced,
-            shard_size=case.world // case.copies if case.strategy in {"hsdp", "fsdp1-hybrid"} else None,
-            reshard_after_forward=not case.keep_gathered,
-        )
+        shard_size = case.world // case.copies if case.strategy in {"hsdp", "fsdp1-hybrid"} else None
+        config = ShardConfig(strategy=case.strategy, shard_size=shard_size)
+        if isinstance(case, SteppedCase):
+            config = replace(
+                config,
+                param_dtype=DTYPES.get(case.param_dtype or ""),
+                reduce_dtype=DTYPES.get(case.reduce_dtype or ""),
+                reshard_after_forward=not case.keep_gathered,
+            )
         return shard_model(model, config)
 
-    def observe(self, model: nn.Module, case: Case) -> Callable[[int], Iterator[Shard]]:
+    def observe(self, model: nn.Module, case: TrainCase) -> Callable[[int], Iterator[Shard]]:
         """The norm and the ratio that each layer's forward kept for its backward pass."""
         return layer_observer(model) if case.method == "dora" and not case.recompute else super().observe(model, case)
 
-    def _run_files(self, case: Case, place: Place) -> Iterator[Shard]:
-        """D10, C1: merged weights, and the two ways of an adapter's files."""
-        made, plain = partial(self.build, case, place.device), partial(plain_stack, case, place.device)
+    def _makes(self, case: StackCase, place: Place) -> tuple[Makes, Makes]:
+        """What makes the adapted stack, and the plain one."""
+        return partial(self.build, case, place.device), partial(plain_stack, case, place.device)
+
+    def _exchange(self, case: ExchangeCase, place: Place) -> Iterator[Shard]:
+        """C1: the two ways of an adapter's files."""
+        made, plain = self._makes(case, place)
         shard = partial(self.shard, case=case)
-        if case.task == "merge":
-            yield from merged_shards(case, made, plain, shard)
-        elif case.task == "read":
+        if case.direction == "read":
             yield from read_shards(case, plain, shard, place.folder)
         else:
             save_adapter(made() if case.strategy == UNSHARDED else shard(made()), place.folder)
 
-    def meet(self, case: Case, *, bad: bool) -> None:
+    def meet(self, case: RefuseCase, *, bad: bool) -> None:
         """Q7, C3, C4: take what is sound, refuse what is bad."""
         meet(case, partial(self.build, case, "cpu"), partial(plain_stack, case, "cpu"), bad=bad)
 
-    def _run_start(self, case: Case, place: Place) -> Iterator[Shard]:
+    def _run_start(self, case: StartCase, place: Place) -> Iterator[Shard]:
         """D6: the magnitudes that the layers give themselves."""
         model = self.build(case, place.device)
         for layer in model.modules():
@@ -105,18 +131,16 @@ class TorchDora(TorchStack):
                 layer.reset_magnitude()
         yield from shards_now(self.shard(model, case), 0, ("parameter",), frozen=True)
 
-    def _run_network(self, case: Case, place: Place) -> Iterator[Shard]:
+    def _run_network(self, case: NetworkCase, place: Place) -> Iterator[Shard]:
         model = build_network(case, place, dora_config(case))
         yield from offset_shards(model)
-        if case.proof == "start":
-            return
         if case.strategy in self.strategies[1:]:
             model = self.shard(model, case)
         losses = network_losses(model, case, place)
         yield from train(lambda _: model, case, lambda _, step: (Forwards(), [losses[step]]), rank=place.rank)
 
 
-def plain_stack(case: Case, device: str) -> nn.Module:
+def plain_stack(case: StackCase, device: str) -> nn.Module:
     """The base: linear layers, as they were before any adapter."""
     arrays = {name: torch.from_numpy(array.copy()) for name, array in stack_inputs(case).items()}
     stored = torch.float32 if case.base in FOUR_BIT else DTYPES[case.base]
@@ -126,16 +150,15 @@ def plain_stack(case: Case, device: str) -> nn.Module:
 
 def dora_config(case: Case) -> DoraConfig:
     """What a user would write for this case."""
-    return DoraConfig(
+    config = DoraConfig(
         rank=case.rank,
         alpha=case.alpha,
         rank_stabilized=case.rank_stabilized,
-        dropout=case.dropout,
         target_modules="all-linear",
         quant=quant_config(case) if case.base in FOUR_BIT else None,
         compute_dtype=DTYPES[case.compute],
-        method=case.method,
     )
+    return replace(config, dropout=case.dropout, method=case.method) if isinstance(case, TrainCase) else config
 
 
 def _linear(arrays: dict[str, torch.Tensor], position: int, dtype: torch.dtype) -> nn.Linear:

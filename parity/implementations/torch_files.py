@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from parity.case import UNSHARDED, Case
+from parity.case import UNSHARDED, ExchangeCase, MergeCase, RefuseCase, StackCase
 from parity.implementations.observed import to_numpy, whole_shard
 from parity.implementations.torch_codec import FOUR_BIT, quant_config
 from parity.implementations.torch_stack import DTYPES, shards_now
@@ -24,7 +24,9 @@ Makes = Callable[[], nn.Module]
 WEIGHTS = "adapter_model.safetensors"
 
 
-def merged_shards(case: Case, made: Makes, plain: Makes, shard: Callable[[nn.Module], nn.Module]) -> Iterator[Shard]:
+def merged_shards(
+    case: MergeCase, made: Makes, plain: Makes, shard: Callable[[nn.Module], nn.Module]
+) -> Iterator[Shard]:
     """D10: each layer's merged weight; a sharded adapter goes through its files, as a sharded model is not merged."""
     model = made()
     if case.strategy != UNSHARDED:
@@ -37,13 +39,15 @@ def merged_shards(case: Case, made: Makes, plain: Makes, shard: Callable[[nn.Mod
             yield whole(name, "merged", weight)
 
 
-def read(case: Case, plain: Makes, folder: Path) -> nn.Module:
+def read(case: StackCase, plain: Makes, folder: Path) -> nn.Module:
     """C1: the adapter of a folder on the case's unsharded base."""
     quant = quant_config(case) if case.base in FOUR_BIT else None
     return load_adapter(plain(), folder, quant=quant, compute_dtype=DTYPES[case.compute])
 
 
-def read_shards(case: Case, plain: Makes, shard: Callable[[nn.Module], nn.Module], folder: Path) -> Iterator[Shard]:
+def read_shards(
+    case: ExchangeCase, plain: Makes, shard: Callable[[nn.Module], nn.Module], folder: Path
+) -> Iterator[Shard]:
     """C1: what each rank holds of an adapter that the reference wrote, and the scaling of each layer."""
     model = read(case, plain, folder)
     for name, layer in model.layers.named_children():
@@ -56,7 +60,7 @@ def whole(name: str, kind: str, tensor: torch.Tensor) -> Shard:
     return whole_shard(name, kind, 0, to_numpy(tensor))
 
 
-def meet(case: Case, made: Makes, plain: Makes, *, bad: bool) -> None:
+def meet(case: RefuseCase, made: Makes, plain: Makes, *, bad: bool) -> None:
     """Take what is sound, refuse what is bad."""
     if case.bad in _WEIGHTS:
         model = plain()
@@ -112,7 +116,7 @@ _ADAPTERS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def _meet_checkpoint(case: Case, made: Makes, folder: Path, bad: bool) -> None:
+def _meet_checkpoint(case: RefuseCase, made: Makes, folder: Path, bad: bool) -> None:
     """C3, C4: a file that was cut short, or one that the manifest does not know."""
     model, other = made(), made()
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], momentum=0.5) for m in (model, other)]

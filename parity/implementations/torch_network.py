@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from parity.case import Case
+from parity.case import NetworkCase, OffsetCase
 from parity.implementations.observed import to_numpy
 from parity.inputs.network import adapter_factors, predicted_tokens, sequences, starting_magnitude
 from parity.job import Place
@@ -16,7 +16,7 @@ from parity.shard import Shard
 from torch_impl import DoraConfig, DoraLinear, PackedBase, apply_dora
 
 
-def build_network(case: Case, place: Place, config: DoraConfig) -> nn.Module:
+def build_network(case: NetworkCase | OffsetCase, place: Place, config: DoraConfig) -> nn.Module:
     """The first `case.blocks` blocks, frozen, with the case's adapters."""
     from transformers import AutoModelForCausalLM, logging  # noqa: PLC0415 - seconds to import; only networks need it
 
@@ -35,7 +35,7 @@ def build_network(case: Case, place: Place, config: DoraConfig) -> nn.Module:
 
 
 @torch.no_grad()
-def _fill(case: Case, name: str, layer: DoraLinear) -> None:
+def _fill(case: NetworkCase | OffsetCase, name: str, layer: DoraLinear) -> None:
     factors = adapter_factors(case, name, fan_in=layer.in_features, fan_out=layer.out_features)
     layer.lora_A.copy_(torch.from_numpy(factors[0]))
     layer.lora_B.copy_(torch.from_numpy(factors[1]))
@@ -51,7 +51,7 @@ def offset_shards(model: nn.Module) -> Iterator[Shard]:
             yield Shard(name=name, kind="offset", step=0, global_shape=(), index=(), array=offset)
 
 
-def network_losses(model: nn.Module, case: Case, place: Place) -> list[Callable[[], torch.Tensor]]:
+def network_losses(model: nn.Module, case: NetworkCase, place: Place) -> list[Callable[[], torch.Tensor]]:
     """For each step, what computes this rank's loss: `world * sum_k / N_total` (S3), or one-hot."""
     texts = [torch.from_numpy(ids).to(place.device) for ids in sequences(case, place.model)]
     total = predicted_tokens(case, place.model)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from parity.case import UNSHARDED, Case
+from parity.case import UNSHARDED, NeutralCase
 from parity.implementations.observed import to_numpy, whole_shard
 from parity.inputs import stack_inputs
 from parity.job import Place
@@ -16,7 +16,7 @@ from torch_impl import DoraLinear
 
 
 def neutral_shards(
-    case: Case, place: Place, build: Callable[[str], nn.Module], shard: Callable[[nn.Module], nn.Module]
+    case: NeutralCase, place: Place, build: Callable[[str], nn.Module], shard: Callable[[nn.Module], nn.Module]
 ) -> Iterator[Shard]:
     """B is 0 and the magnitude is the layer's own norm, so c is 1 (D12); every rank sees every token."""
     dtype = getattr(torch, case.compute)
@@ -32,7 +32,7 @@ def neutral_shards(
 
 
 @torch.no_grad()
-def _plain_output(layers: list[DoraLinear], x: Tensor, case: Case) -> Tensor:
+def _plain_output(layers: list[DoraLinear], x: Tensor, case: NeutralCase) -> Tensor:
     """Plain linear layers on the weights that the forward multiplies by (D6): no adapter takes part."""
     for position, layer in enumerate(layers):
         x = torch.relu(x) if position and case.activation == "relu" else x

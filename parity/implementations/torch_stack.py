@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from parity.case import UNSHARDED, Case
+from parity.case import UNSHARDED, Case, StackCase, SteppedCase, TrainCase
 from parity.implementations.observed import (
     Forwards,
     frozen_digests,
@@ -79,7 +79,7 @@ class TorchStack:
     gives: tuple[str, ...] = ("output", "input_gradient", "loss")
     """What it can be asked for beside gradients, parameters and the optimizer's state; the loop gives these."""
 
-    def layer(self, case: Case, arrays: dict[str, torch.Tensor]) -> nn.Module:
+    def layer(self, case: StackCase, arrays: dict[str, torch.Tensor]) -> nn.Module:
         """One layer from `weight`, `lora_A`, `lora_B`, `magnitude` and, in some cases, `bias`."""
         raise NotImplementedError
 
@@ -87,30 +87,33 @@ class TorchStack:
         """Shard the whole stack; called under every strategy but `none`."""
         raise NotImplementedError
 
-    def observe(self, model: nn.Module, case: Case) -> Callable[[int], Iterator[Shard]]:
+    def observe(self, model: nn.Module, case: TrainCase) -> Callable[[int], Iterator[Shard]]:
         """Watch the layers of a model that has just been made; called after a step, it gives what they computed."""
         del model, case
         return lambda _: iter(())
 
     def refuses(self, case: Case) -> str | None:
-        """By what the class attributes declare."""
-        for what, value, known in (
+        """By what the class attributes declare; only a stack that trains has anything to declare."""
+        asked: list[tuple[str, object, tuple[object, ...]]] = [
             ("model", case.model, ("stack",)),
             ("link", case.link, self.links),
             ("task", case.task, ("train",)),
-            ("proof", case.proof, ("lattice", "one-hot", "bound")),
-            ("strategy", case.strategy, self.strategies),
-            ("base", case.base, self.bases),
-            ("compute", case.compute, self.computes),
-            ("dropout", bool(case.dropout), self.dropouts),
-            ("method", case.method, self.methods),
-            ("scaling", "rank-stabilised" if case.rank_stabilized else "by the rank", self.scalings),
-        ):
+        ]
+        if isinstance(case, TrainCase):
+            asked += [
+                ("strategy", case.strategy, self.strategies),
+                ("base", case.base, self.bases),
+                ("compute", case.compute, self.computes),
+                ("dropout", bool(case.dropout), self.dropouts),
+                ("method", case.method, self.methods),
+                ("scaling", "rank-stabilised" if case.rank_stabilized else "by the rank", self.scalings),
+            ]
+        for what, value, known in asked:
             if value not in known:
                 return f"its {what} {value!r} is not declared by {type(self).__name__}"
         return None
 
-    def build(self, case: Case, device: str) -> nn.Module:
+    def build(self, case: StackCase, device: str) -> nn.Module:
         """The unsharded stack, with the case's numbers in it."""
         inputs = {name: torch.from_numpy(array.copy()).to(device) for name, array in stack_inputs(case).items()}
         layers = []
@@ -120,7 +123,7 @@ class TorchStack:
             layers.append(self.layer(case, arrays))
         return Stack(layers, case.activation)
 
-    def run(self, case: Case, place: Place) -> Iterator[Shard]:
+    def run(self, case: TrainCase, place: Place) -> Iterator[Shard]:
         """Build, shard, train; give this rank's shards at every step."""
         observer: list[Callable[[int], Iterator[Shard]]] = []
 
@@ -138,7 +141,7 @@ class TorchStack:
         yield from train(made, case, losses, rank=place.rank, observed=lambda step: observer[0](step))  # noqa: PLW0108 - a resumed run has another
 
 
-def _data(case: Case, place: Place) -> list[list[tuple[Tensor, ...]]]:
+def _data(case: TrainCase, place: Place) -> list[list[tuple[Tensor, ...]]]:
     """By step and forward: x, G and the masks."""
     dtype = DTYPES[case.compute]
     keeps = masks(case, place.rank) if case.dropout else None
@@ -161,7 +164,7 @@ def _loss_sum(model: nn.Module, seen: Forwards, x: Tensor, G: Tensor, *keep: Ten
     return (y.double() * G.double()).sum()
 
 
-def _shaped(tokens: np.ndarray, case: Case) -> torch.Tensor:
+def _shaped(tokens: np.ndarray, case: TrainCase) -> torch.Tensor:
     """(tokens, features), or two sequences of half as many tokens."""
     tensor = torch.from_numpy(tokens.copy())
     return tensor.reshape(2, -1, tensor.shape[1]) if case.batched else tensor
@@ -173,7 +176,7 @@ Losses = Callable[[nn.Module, int], tuple[Forwards, list[Callable[[], Tensor]]]]
 
 def train(
     made: Callable[[str], nn.Module],
-    case: Case,
+    case: SteppedCase,
     losses: Losses,
     *,
     rank: int,
@@ -211,9 +214,9 @@ def train(
     yield from _frozen_and_adapters(model, case, case.steps, adapters=False)
 
 
-def _frozen_and_adapters(model: nn.Module, case: Case, step: int, *, adapters: bool = True) -> Iterator[Shard]:
+def _frozen_and_adapters(model: nn.Module, case: SteppedCase, step: int, *, adapters: bool = True) -> Iterator[Shard]:
     """Parameters now; a network's frozen ones by their digests."""
-    if case.model == "stack":
+    if isinstance(case, StackCase):
         yield from shards_now(model, step, ("parameter",), frozen=True, adapters=adapters)
         return
     if adapters:
@@ -245,7 +248,7 @@ def shards_now(
         )
 
 
-def settle_gradients(model: nn.Module, case: Case) -> None:
+def settle_gradients(model: nn.Module, case: SteppedCase) -> None:
     """For the unsharded twin of a one-hot case: what the mean over ranks does to the only non-zero gradient."""
     if case.divide_gradients_by == 1:
         return

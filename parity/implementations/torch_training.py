@@ -14,14 +14,14 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parity.case import Case
+from parity.case import SteppedCase
 from parity.implementations.observed import whole_shard
 from parity.shard import Shard
 from torch_impl import checkpoint, optim
 from torch_impl.accumulation import backpropagate
 
 
-def optimizer_for(model: nn.Module, case: Case, *, rate: float | None = None) -> Optimizer:
+def optimizer_for(model: nn.Module, case: SteppedCase, *, rate: float | None = None) -> Optimizer:
     """T3: SGD with momentum, or AdamW as `torch_impl` makes it, over what trains; at the case's rate unless told."""
     lr = case.learning_rate if rate is None else rate
     if case.optimizer == "adamw":
@@ -32,14 +32,14 @@ def optimizer_for(model: nn.Module, case: Case, *, rate: float | None = None) ->
     return optimizer
 
 
-def backward(model: nn.Module, case: Case, sums: Sequence[Callable[[], Tensor]]) -> float:
+def backward(model: nn.Module, case: SteppedCase, sums: Sequence[Callable[[], Tensor]]) -> float:
     """T1: one step's gradient, of one forward or of several; the loss that was backpropagated here."""
     if case.accumulate == 1:
         (summed,) = sums
         loss = summed()
         loss.backward()
         return float(loss.detach())
-    world = 1 if case.proof == "one-hot" else case.world  # a one-hot gradient is not multiplied before it is averaged
+    world = 1 if case.inputs == "one-hot" else case.world  # a one-hot gradient is not multiplied before it is averaged
     return world * backpropagate(model, sums, total=case.tokens, world_size=world, late=case.late)
 
 
@@ -65,14 +65,14 @@ class CollectiveCounter(TorchDispatchMode):
         return whole_shard("step", "collectives", step, self.counts)
 
 
-def clip_gradients(model: nn.Module, case: Case) -> None:
+def clip_gradients(model: nn.Module, case: SteppedCase) -> None:
     """T2, S5: by one norm over all shards of all ranks."""
     if case.clip:
         optim.clip(model, norm=optim.gradient_norm(model, replicas=case.copies), limit=case.clip)
 
 
 def resumed(
-    model: nn.Module, optimizer: Optimizer, case: Case, fresh: Callable[[], nn.Module]
+    model: nn.Module, optimizer: Optimizer, case: SteppedCase, fresh: Callable[[], nn.Module]
 ) -> tuple[nn.Module, Optimizer]:
     """T6, S12: save, and read into a fresh model and optimizer; every rank of the case takes part."""
     with common_folder() as folder:

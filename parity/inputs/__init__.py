@@ -13,7 +13,7 @@ import zlib
 
 import numpy as np
 
-from parity.case import DEFAULTS, FAINT, Case
+from parity.case import FAINT, StackCase, SteppedCase, TrainCase, default_of, dropout_of
 from parity.inputs.deal import deal_tokens
 from parity.inputs.gaussian import gaussian_stack
 from parity.inputs.lattice import integer_stack, lattice_stack
@@ -22,29 +22,40 @@ Arrays = dict[str, np.ndarray]
 
 
 @functools.lru_cache(maxsize=32)
-def stack_inputs(case: Case) -> Arrays:
+def stack_inputs(case: StackCase) -> Arrays:
     """The named float32 arrays of a stack; each is exactly representable in the dtype that the case stores it in."""
-    if case.faint:  # the same numbers, and a fainter cotangent: a power of two leaves exact what was
+    if (
+        isinstance(case, TrainCase) and case.faint
+    ):  # the same numbers, and a fainter cotangent: a power of two leaves exact what was
         arrays = stack_inputs(dataclasses.replace(case, faint=False))
         return arrays | {"G": arrays["G"] * np.float32(FAINT)}
     generator = np.random.default_rng(input_seed(case))
-    return _BUILDERS.get(case.proof, gaussian_stack)(case, generator)
+    return _BUILDERS.get(case.inputs, gaussian_stack)(case, generator)
 
 
-_BUILDERS = {"lattice": lattice_stack, "root": integer_stack}
+_BUILDERS = {"lattice": lattice_stack, "integers": integer_stack}
+_SEED_WORDS = {"lattice": "lattice", "integers": "root"}
 
 
-def input_seed(case: Case) -> int:
+def input_seed(case: StackCase) -> int:
     """A seed from what the numbers depend on; never from the strategy, the world or the subject."""
-    kind = case.proof if case.proof in _BUILDERS else "gaussian"
-    identity = (kind, case.layers, case.rank, case.alpha, case.tokens, case.base, case.compute)
-    features = (case.activation, case.bias, case.zero_rows, case.hard_rows, case.zero_b, case.ties, case.seed)
-    features += (case.dropout,) if case.dropout else ()
-    features += (case.blocksize,) if case.blocksize != DEFAULTS["blocksize"] else ()
+    identity = (
+        _SEED_WORDS.get(case.inputs, "gaussian"),
+        case.layers,
+        case.rank,
+        case.alpha,
+        case.tokens,
+        case.base,
+        case.compute,
+    )
+    features = (case.activation, case.bias, case.zero_rows, case.hard_rows, case.zero_b)
+    features += (case.inputs == "ties", case.seed)
+    features += (dropout_of(case),) if dropout_of(case) else ()
+    features += (case.blocksize,) if case.blocksize != default_of(StackCase, "blocksize") else ()
     return zlib.crc32(repr((identity, features)).encode())
 
 
-def parts(case: Case, rank: int) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+def parts(case: TrainCase, rank: int) -> list[list[tuple[np.ndarray, np.ndarray]]]:
     """What one rank sees in each forward of each step: `(x, G)`, with the loss `sum(G * y)`.
 
     FSDP takes the mean over ranks, so each rank's cotangent carries the world size (S3); a one-hot case leaves it out
@@ -62,12 +73,12 @@ def parts(case: Case, rank: int) -> list[list[tuple[np.ndarray, np.ndarray]]]:
     ]
 
 
-def batches(case: Case, rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def batches(case: TrainCase, rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """The same where each step has one forward."""
     return [forwards[0] for forwards in parts(case, rank)]
 
 
-def _weight(case: Case, rank: int, step: int) -> float:
+def _weight(case: TrainCase, rank: int, step: int) -> float:
     """What the cotangent is multiplied by."""
     hot = case.hot_rank(step)
     several = float(case.tokens) if case.accumulate > 1 else 1.0  # `backpropagate` gives the world size itself
@@ -76,7 +87,7 @@ def _weight(case: Case, rank: int, step: int) -> float:
     return several if case.accumulate > 1 else float(case.input_world)
 
 
-def forward_tokens(case: Case, rank: int, step: int) -> list[slice]:
+def forward_tokens(case: SteppedCase, rank: int, step: int) -> list[slice]:
     """Which of all tokens each forward of a rank's step sees."""
     mine = _tokens(case, rank, step)
     if case.accumulate == 1:
@@ -85,7 +96,7 @@ def forward_tokens(case: Case, rank: int, step: int) -> list[slice]:
     return [slice(mine.start + part.start, mine.start + part.stop) for part in dealt]
 
 
-def masks(case: Case, rank: int) -> list[list[list[np.ndarray]]]:
+def masks(case: TrainCase, rank: int) -> list[list[list[np.ndarray]]]:
     """D9: at each step and forward, which of each layer's inputs one rank keeps (bool)."""
     arrays, layers = stack_inputs(case), range(len(case.layers))
     return [
@@ -97,7 +108,7 @@ def masks(case: Case, rank: int) -> list[list[list[np.ndarray]]]:
     ]
 
 
-def _tokens(case: Case, rank: int, step: int) -> slice:
+def _tokens(case: SteppedCase, rank: int, step: int) -> slice:
     """Those of a rank; of a one-hot case's twin, those of the rank whose turn it is."""
     dealt, hot = deal_tokens(case.tokens, case.input_world), case.hot_rank(step)
     return dealt[hot if case.twin_world and hot is not None else rank]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parity.case import Case
+from parity.case import LEARNING_RATE, StackCase, dropout_of
 from parity.cases.worlds import LARGEST_ODD_PART, odd_part
 from parity.errors import LatticeNotExact
 
@@ -29,7 +29,7 @@ class Certificate:
     units: dict[str, float]
     allowed: dict[str, float]
 
-    def require(self, case: Case) -> None:
+    def require(self, case: StackCase) -> None:
         """Raise where a quantity could round."""
         for name, units in self.units.items():
             if units > self.allowed[name]:
@@ -39,7 +39,7 @@ class Certificate:
                 )
 
 
-def certify(case: Case, arrays: dict[str, np.ndarray]) -> Certificate:
+def certify(case: StackCase, arrays: dict[str, np.ndarray]) -> Certificate:
     """Push absolute values through forward, backward and first update, in float64.
 
     Raises:
@@ -68,7 +68,7 @@ def certify(case: Case, arrays: dict[str, np.ndarray]) -> Certificate:
     return certificate
 
 
-def require_gradients(case: Case, arrays: dict[str, np.ndarray]) -> None:
+def require_gradients(case: StackCase, arrays: dict[str, np.ndarray]) -> None:
     """Refuse a draw too sparse to give a gradient at all: where all of it is zero, anything passes."""
     x, G = arrays["x"], arrays["G"]
     met = x.any() and G.any()
@@ -84,11 +84,11 @@ def token_units(x: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(least), least, 1.0)
 
 
-def require_long_sums(case: Case, arrays: dict[str, np.ndarray]) -> None:
+def require_long_sums(case: StackCase, arrays: dict[str, np.ndarray]) -> None:
     """Refuse a draw whose magnitude gradient the compute dtype holds: summed there it would pass."""
     layer = {name: arrays[f"layers.0.{name}"].astype(np.float64) for name in ("weight", "lora_B")}
     plain = ~layer["lora_B"].any(axis=1)
-    used = arrays["x"] * arrays.get("layers.0.keep", 1.0) / (1.0 - case.dropout)
+    used = arrays["x"] * arrays.get("layers.0.keep", 1.0) / (1.0 - dropout_of(case))
     sums = np.abs((arrays["G"] * (used @ layer["weight"].T)).sum(axis=0))[plain].astype(np.int64)
     odd = sums // np.maximum(sums & -sums, 1)
     if not (odd >= 2 ** NARROW_BITS[case.compute]).any():
@@ -98,7 +98,7 @@ def require_long_sums(case: Case, arrays: dict[str, np.ndarray]) -> None:
 class _Ledger:
     """Collects the quantities of one case."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: StackCase) -> None:
         self.case = case
         self.scaling = case.scaling
         self.units: dict[str, float] = {}
@@ -165,17 +165,17 @@ class _Ledger:
         """A gradient and the parameter after one step; `divided` by powers of two changes only the exponent."""
         self.note(name, terms, unit, rounded=rounded)
         divisor = 1.0 if divided is None else np.maximum(divided, 1.0)
-        step = self.case.learning_rate * terms / divisor
-        step_unit = self.case.learning_rate * unit / np.max(divisor)
+        step = LEARNING_RATE * terms / divisor
+        step_unit = LEARNING_RATE * unit / np.max(divisor)
         self.note(f"{name} update", parameter + step, min(step_unit, 0.5))
 
 
-def _dropped(values: np.ndarray, layer: dict[str, np.ndarray], case: Case) -> np.ndarray:
+def _dropped(values: np.ndarray, layer: dict[str, np.ndarray], case: StackCase) -> np.ndarray:
     """D9: mask * values, 1 / (1 - p) times what is kept: exact where that is a power of two."""
-    return layer["keep"] * values / (1.0 - case.dropout) if "keep" in layer else values
+    return layer["keep"] * values / (1.0 - dropout_of(case)) if "keep" in layer else values
 
 
-def _absolute_layer(case: Case, arrays: dict[str, np.ndarray], position: int) -> dict[str, np.ndarray]:
+def _absolute_layer(case: StackCase, arrays: dict[str, np.ndarray], position: int) -> dict[str, np.ndarray]:
     """One layer's absolute values, with its norm n (a power of two, or 0) and its ratio c = m / n."""
     prefix = f"layers.{position}."
     layer = {k.removeprefix(prefix): v.astype(np.float64) for k, v in arrays.items() if k.startswith(prefix)}
@@ -183,8 +183,8 @@ def _absolute_layer(case: Case, arrays: dict[str, np.ndarray], position: int) ->
     norm = np.sqrt((V**2).sum(1))
     if np.any(np.frexp(norm[norm > 0])[0] != 0.5):  # noqa: PLR2004 - a power of two has mantissa 1/2
         raise LatticeNotExact(f"{case.id}: layer {position} has a norm that is no power of two")
-    if case.dropout not in EXACT_DROPOUTS:
-        raise LatticeNotExact(f"{case.id}: 1 / (1 - {case.dropout:g}) is no power of two")
+    if dropout_of(case) not in EXACT_DROPOUTS:
+        raise LatticeNotExact(f"{case.id}: 1 / (1 - {dropout_of(case):g}) is no power of two")
     if case.base in {"nf4", "fp4"}:
         _require_equal_blocks(case, layer["weight"], position)
     layer["norm"] = norm
@@ -193,14 +193,14 @@ def _absolute_layer(case: Case, arrays: dict[str, np.ndarray], position: int) ->
     return {name: np.abs(value) for name, value in layer.items()}
 
 
-def _require_equal_blocks(case: Case, weight: np.ndarray, position: int) -> None:
+def _require_equal_blocks(case: StackCase, weight: np.ndarray, position: int) -> None:
     """Every block's absmax is 1: then nested scales are all the mean, and decode to it exactly (Q6)."""
     blocks = np.pad(np.abs(weight).ravel(), (0, -weight.size % case.blocksize)).reshape(-1, case.blocksize)
     if np.any(blocks.max(axis=1) != 1):
         raise LatticeNotExact(f"{case.id}: layer {position} has a block whose absmax is not 1")
 
 
-def require_exact_squares(case: Case, layer: dict[str, np.ndarray], position: int) -> None:
+def require_exact_squares(case: StackCase, layer: dict[str, np.ndarray], position: int) -> None:
     """n^2 is an integer whose absolute terms, in the factored form (D13), add up to less than 2^24."""
     weight, lora_A, lora_B = (np.abs(layer[name]).astype(np.float64) for name in ("weight", "lora_A", "lora_B"))
     scaling = case.scaling

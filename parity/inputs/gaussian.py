@@ -9,11 +9,11 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from parity.case import Case
+from parity.case import StackCase, dropout_of
 from parity.inputs.ties import tied_weight
 
 
-def gaussian_stack(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray]:
+def gaussian_stack(case: StackCase, generator: np.random.Generator) -> dict[str, np.ndarray]:
     """Draw the arrays of a stack, each rounded to the dtype that holds it."""
     arrays: dict[str, np.ndarray] = {}
     for position, (fan_in, fan_out) in enumerate(case.layers):
@@ -25,22 +25,23 @@ def gaussian_stack(case: Case, generator: np.random.Generator) -> dict[str, np.n
     return arrays
 
 
-def drawn_masks(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray]:
+def drawn_masks(case: StackCase, generator: np.random.Generator) -> dict[str, np.ndarray]:
     """D9: which of every layer's inputs are kept, a share of 1 - p; none without dropout."""
-    if not case.dropout:
+    dropout = dropout_of(case)
+    if not dropout:
         return {}
     return {
-        f"layers.{position}.keep": (generator.random((case.tokens, fan_in)) >= case.dropout).astype(np.float32)
+        f"layers.{position}.keep": (generator.random((case.tokens, fan_in)) >= dropout).astype(np.float32)
         for position, (fan_in, _) in enumerate(case.layers)
     }
 
 
-def _layer(case: Case, generator: np.random.Generator, *, fan_in: int, fan_out: int) -> dict[str, np.ndarray]:
+def _layer(case: StackCase, generator: np.random.Generator, *, fan_in: int, fan_out: int) -> dict[str, np.ndarray]:
     # A four-bit base is made from bfloat16 numbers, as in QLoRA: then the mean of the blocks' absmax (Q6), which
     # both sides take in an order of their own, is exact before its one rounding, and every decoded bit is foretold.
     held = "bfloat16" if case.base in {"nf4", "fp4"} else case.base
     weight = _held(generator.standard_normal((fan_out, fan_in)) / np.sqrt(fan_in), held)
-    if case.ties:
+    if case.inputs == "ties":
         weight = tied_weight(generator, (fan_out, fan_in))
     lora_A = _held(generator.standard_normal((case.rank, fan_in)) / np.sqrt(fan_in), "float32")
     lora_B = _held(0.5 * generator.standard_normal((fan_out, case.rank)), "float32")
@@ -60,7 +61,7 @@ def _layer(case: Case, generator: np.random.Generator, *, fan_in: int, fan_out: 
     return layer
 
 
-def _make_rows_hard(case: Case, weight: np.ndarray, *, lora_A: np.ndarray, lora_B: np.ndarray) -> None:
+def _make_rows_hard(case: StackCase, weight: np.ndarray, *, lora_A: np.ndarray, lora_B: np.ndarray) -> None:
     """D4, D13: of every four rows one is tiny, one huge, one is `-s B A` but for a thousandth of what it was."""
     for row, power in ((1, -84), (2, 80)):
         weight[row::4] *= np.float32(2.0**power)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parity.case import Case
+from parity.case import StackCase
 from parity.errors import LatticeNotExact
 from parity.inputs.certificate import (
     NARROW_BITS,
@@ -46,7 +46,7 @@ _DENSE = Density(x=0.35, G=0.15, A=0.35)
 _SPARSE = Density(x=0.15, G=0.08, A=0.1)
 
 
-def lattice_stack(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray]:
+def lattice_stack(case: StackCase, generator: np.random.Generator) -> dict[str, np.ndarray]:
     """Draw a stack and its certificate.
 
     Raises:
@@ -67,7 +67,7 @@ def lattice_stack(case: Case, generator: np.random.Generator) -> dict[str, np.nd
     raise reason or LatticeNotExact(f"{case.id}: nothing was drawn")
 
 
-def integer_stack(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray]:
+def integer_stack(case: StackCase, generator: np.random.Generator) -> dict[str, np.ndarray]:
     """Small integers without any care for the norm: its square is exact in any order, its root is rounded once (D4).
 
     Raises:
@@ -88,7 +88,7 @@ def integer_stack(case: Case, generator: np.random.Generator) -> dict[str, np.nd
     return arrays
 
 
-def _make_rows_hard(case: Case, layer: dict[str, np.ndarray]) -> None:
+def _make_rows_hard(case: StackCase, layer: dict[str, np.ndarray]) -> None:
     """D4, D13: of every four rows one is tiny, one huge (both by a power of two), one nearly cancels s B A."""
     weight, lora_B = (layer[name].astype(np.float64) for name in ("weight", "lora_B"))
     for row, power in ((1, -84), (2, 80)):
@@ -100,7 +100,7 @@ def _make_rows_hard(case: Case, layer: dict[str, np.ndarray]) -> None:
     layer["weight"], layer["lora_B"] = weight, lora_B
 
 
-def _draw(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray]:
+def _draw(case: StackCase, generator: np.random.Generator) -> dict[str, np.ndarray]:
     density = _SPARSE if case.compute in NARROW_BITS else _DENSE
     arrays: dict[str, np.ndarray] = {}
     for position, (fan_in, fan_out) in enumerate(case.layers):
@@ -115,13 +115,13 @@ def _draw(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray]:
     return {name: value.astype(np.float32) for name, value in arrays.items()}
 
 
-def _has_loud_token(case: Case) -> bool:
+def _has_loud_token(case: StackCase) -> bool:
     """In one layer alone whose output is not shifted: there powers of two by token add no bit to what a token gives."""
     rows = range(case.layers[0][1])[_PLAIN_ROWS]
     return case.compute in NARROW_BITS and len(case.layers) == 1 and not case.bias and bool(rows)
 
 
-def _make_loud(case: Case, generator: np.random.Generator, arrays: dict[str, np.ndarray]) -> None:
+def _make_loud(case: StackCase, generator: np.random.Generator, arrays: dict[str, np.ndarray]) -> None:
     """Let the last token be a power of two louder, where A is zero, with a cotangent where B is.
 
     Of all sums over tokens only dm's then has terms of two sizes, and needs more bits than the compute dtype has: it
@@ -135,7 +135,9 @@ def _make_loud(case: Case, generator: np.random.Generator, arrays: dict[str, np.
         arrays[name][-1, taps] = size * generator.choice([-1.0, 1.0], size=len(taps))
 
 
-def _dense_layer(case: Case, generator: np.random.Generator, *, fan_in: int, fan_out: int) -> dict[str, np.ndarray]:
+def _dense_layer(
+    case: StackCase, generator: np.random.Generator, *, fan_in: int, fan_out: int
+) -> dict[str, np.ndarray]:
     """Choose V first; then W = V - s B A is a small integer, and overlaps s B A wherever V does."""
     density = _SPARSE if case.compute in NARROW_BITS else _DENSE
     count = _square_count(fan_in)
@@ -150,7 +152,9 @@ def _dense_layer(case: Case, generator: np.random.Generator, *, fan_in: int, fan
     return _finish(case, generator, weight=weight, lora_A=lora_A, lora_B=lora_B)
 
 
-def _quantised_layer(case: Case, generator: np.random.Generator, *, fan_in: int, fan_out: int) -> dict[str, np.ndarray]:
+def _quantised_layer(
+    case: StackCase, generator: np.random.Generator, *, fan_in: int, fan_out: int
+) -> dict[str, np.ndarray]:
     """W itself must be -1, 0 or 1 with every block's absmax 1, so V is steered through the overlap with A."""
     count = _square_count(fan_in)
     taps = 1 if case.scaling > _WIDE else max(1, min(2, count // 4))
@@ -182,7 +186,7 @@ def _overlapping_row(generator: np.random.Generator, update: np.ndarray, count: 
     return None
 
 
-def _finish(case: Case, generator: np.random.Generator, **layer: np.ndarray) -> dict[str, np.ndarray]:
+def _finish(case: StackCase, generator: np.random.Generator, **layer: np.ndarray) -> dict[str, np.ndarray]:
     """Add the dyadic magnitudes and the bias."""
     norm = np.linalg.norm(layer["weight"] + case.scaling * (layer["lora_B"] @ layer["lora_A"]), axis=1)
     ratio = generator.choice([0.5, 1.0, 2.0], size=len(norm)) if case.compute not in NARROW_BITS else np.ones(len(norm))

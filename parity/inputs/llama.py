@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from parity.case import Case
+from parity.case import CheckpointCase
 from parity.inputs import stack_inputs
 
 _ATTENTION = tuple(f"self_attn.{letter}_proj" for letter in "qkvo")
@@ -15,13 +15,13 @@ LEFT = ("model.embed_tokens.weight", "lm_head.weight")
 """What it leaves as it is: the layers after those."""
 
 
-def llama_weights(case: Case) -> dict[str, np.ndarray]:
+def llama_weights(case: CheckpointCase) -> dict[str, np.ndarray]:
     """Every weight but the norms', `(out, in)`, which stay at one."""
     arrays = stack_inputs(case)
     return {name: arrays[f"layers.{position}.weight"] for position, name in enumerate(LINEARS + LEFT)}
 
 
-def llama_sizes(case: Case) -> dict[str, int]:
+def llama_sizes(case: CheckpointCase) -> dict[str, int]:
     """What transformers' configuration wants to know; keys and values have one head."""
     (width, queries), (_, keys), *_ = case.layers
     return {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from parity.case import Case
+from parity.case import NetworkCase, OffsetCase
 from parity.inputs.deal import deal_tokens
 from parity.models.pretrained import token_ids
 
@@ -19,7 +19,9 @@ MAGNITUDE_PATTERN = np.array([1.0, 1.125, 0.875, 1.0625], dtype=np.float32)
 """Row i's magnitude starts at its norm times entry i mod 4; one rounding in float32."""
 
 
-def adapter_factors(case: Case, name: str, *, fan_in: int, fan_out: int) -> tuple[np.ndarray, np.ndarray]:
+def adapter_factors(
+    case: NetworkCase | OffsetCase, name: str, *, fan_in: int, fan_out: int
+) -> tuple[np.ndarray, np.ndarray]:
     """A and B of one layer, float32, small beside a trained weight but not negligible."""
     generator = np.random.default_rng(zlib.crc32(f"{name} {case.rank} {case.seed}".encode()))
     lora_A = generator.standard_normal((case.rank, fan_in)) / np.sqrt(fan_in)
@@ -33,12 +35,12 @@ def starting_magnitude(norm: np.ndarray) -> np.ndarray:
     return norm.astype(np.float32) * pattern
 
 
-def sequences(case: Case, model: Path) -> list[np.ndarray]:
+def sequences(case: NetworkCase, model: Path) -> list[np.ndarray]:
     """One sequence of token ids for each rank: unequal parts of the same real text."""
     ids = np.asarray(token_ids(model, case.tokens), dtype=np.int64)
     return [ids[part] for part in deal_tokens(case.tokens, case.input_world)]
 
 
-def predicted_tokens(case: Case, model: Path) -> int:
+def predicted_tokens(case: NetworkCase, model: Path) -> int:
     """How many tokens all ranks predict together: the denominator of the token mean (T1)."""
     return sum(len(sequence) - 1 for sequence in sequences(case, model))

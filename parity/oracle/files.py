@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from parity import bounds
-from parity.case import Case
+from parity.case import CheckpointCase, ExchangeCase, MergeCase
 from parity.inputs import stack_inputs
 from parity.inputs.llama import LEFT, LINEARS, llama_weights
 from parity.oracle.prediction import Prediction, Predictions
@@ -17,14 +17,7 @@ from parity.oracle.weights import PROFILE, STORAGES
 from ref import dora, quant
 
 
-def predict(case: Case) -> Predictions:
-    """By what the files hold."""
-    if case.model == "checkpoint":
-        return predict_checkpoint(case)
-    return predict_merged(case) if case.task == "merge" else predict_adapters(case)
-
-
-def predict_merged(case: Case) -> Predictions:
+def predict_merged(case: MergeCase) -> Predictions:
     """`c * V` of each layer in float64, with the bound of a float32 one; rounded once more to the base's dtype."""
     weights, _, adapters = stack_arrays(case)
     scaling = dora.scaling(case.alpha, case.rank, rank_stabilized=case.rank_stabilized)
@@ -40,7 +33,7 @@ def predict_merged(case: Case) -> Predictions:
     return predictions
 
 
-def predict_checkpoint(case: Case) -> Predictions:
+def predict_checkpoint(case: CheckpointCase) -> Predictions:
     """C2: coded from the weights that went in, and never written: what either side reads, and every rank decodes."""
     weights = {name: jnp.asarray(weight).astype(case.compute) for name, weight in llama_weights(case).items()}
     predictions: Predictions = {}
@@ -58,7 +51,7 @@ def predict_checkpoint(case: Case) -> Predictions:
     return predictions
 
 
-def predict_adapters(case: Case) -> Predictions:
+def predict_adapters(case: ExchangeCase) -> Predictions:
     """C1: the adapter of each layer, to the bit, and the scaling that the configuration stands for (D1)."""
     inputs = stack_inputs(case)
     scaling = dora.scaling(case.alpha, case.rank, rank_stabilized=case.rank_stabilized)

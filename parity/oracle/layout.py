@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import get_args
 
-from parity.case import Case
+from parity.case import TrainCase
 from parity.oracle.prediction import LayoutQuestion, Layouts
 from parity.oracle.weights import stored_shape
 from parity.shard import Index
@@ -29,7 +29,7 @@ def predict_layout(question: LayoutQuestion) -> Layouts:
     return layouts
 
 
-def _units(case: Case) -> Iterator[list[Member]]:
+def _units(case: TrainCase) -> Iterator[list[Member]]:
     """S7: a layer's A, B and magnitude share a unit, in this order; its base weight and its bias have one each."""
     width = 2 if case.base == "bfloat16" else 4
     for position, (fan_in, fan_out) in enumerate(case.layers):
@@ -42,7 +42,7 @@ def _units(case: Case) -> Iterator[list[Member]]:
         yield [*adapter, *([(f"{name}.magnitude", (fan_out,), 4)] if case.method == "dora" else [])]
 
 
-def _require_alike(case: Case, unit: list[Member]) -> None:
+def _require_alike(case: TrainCase, unit: list[Member]) -> None:
     """S7: what the reference would refuse to put into one unit has no layout."""
     strategy = {"fsdp1-hybrid": "fsdp1", "hsdp": "fsdp2"}.get(case.strategy, case.strategy)
     if strategy in get_args(rules.Strategy):
@@ -50,7 +50,7 @@ def _require_alike(case: Case, unit: list[Member]) -> None:
         rules.check_unit(members, strategy=strategy)
 
 
-def _unit_layout(case: Case, unit: list[Member], rank: int) -> list[tuple[str, Index]]:
+def _unit_layout(case: TrainCase, unit: list[Member], rank: int) -> list[tuple[str, Index]]:
     size = case.world // case.copies  # the ranks of one row of the mesh, which share one copy
     if not case.strategy.startswith("fsdp1"):
         return [

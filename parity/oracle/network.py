@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from parity.case import Case
+from parity.case import NetworkCase
 from parity.inputs.network import adapter_factors, predicted_tokens, sequences, starting_magnitude
 from parity.oracle.prediction import Prediction, Predictions
 from parity.oracle.sensitivity import FACTOR, responses, skip_reason
@@ -30,7 +30,7 @@ Offsets = dict[str, float]
 """By linear layer: what its scales were shifted by before they were coded (Q4: it is data)."""
 
 
-def predict_network(case: Case, model: Path, offsets: Offsets) -> Predictions:
+def predict_network(case: NetworkCase, model: Path, offsets: Offsets) -> Predictions:
     """Every adapter's gradient and each sequence's loss, with 32 times their sensitivity as limit on the 2-norm."""
     config = checkpoint.LlamaConfig.from_json(model / "config.json")
     parameters, adapters, shifts = _network(case, model, config, offsets)
@@ -73,7 +73,7 @@ def _prediction(value: Array, response: float) -> Prediction:
 
 
 def _network(
-    case: Case, model: Path, config: checkpoint.LlamaConfig, offsets: Offsets
+    case: NetworkCase, model: Path, config: checkpoint.LlamaConfig, offsets: Offsets
 ) -> tuple[checkpoint.Parameters, dict[str, Adapter], Predictions]:
     """The network's weights as the forward uses them (D6), the case's adapters, in float64, and what offsets may be."""
     parameters = checkpoint.read_checkpoint(model, dtype=jnp.float64, layers=case.blocks)
@@ -89,7 +89,7 @@ def _network(
     return llama.with_weights(parameters, used), adapters, shifts
 
 
-def _adapter(case: Case, name: str, weight: Array) -> Adapter:
+def _adapter(case: NetworkCase, name: str, weight: Array) -> Adapter:
     """D6, then the pattern: the magnitude that both sides start from is a float32 number."""
     fan_out, fan_in = weight.shape
     lora_A, lora_B = (
@@ -102,7 +102,7 @@ def _adapter(case: Case, name: str, weight: Array) -> Adapter:
     return Adapter(lora_A, lora_B, jnp.asarray(magnitude, dtype=jnp.float64))
 
 
-def _batch(case: Case, model: Path) -> tuple[Array, Array, Array]:
+def _batch(case: NetworkCase, model: Path) -> tuple[Array, Array, Array]:
     """Every rank's sequence as a row: inputs, next tokens, and weights that are zero on the padding."""
     texts = sequences(case, model)
     longest = max(len(text) for text in texts) - 1

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from parity.case import Case
+from parity.case import TrainCase
 from parity.shard import Index
 
 Key = tuple[int, str, str]
@@ -35,7 +35,7 @@ Predictions = dict[Key, Prediction]
 class LayoutQuestion:
     """Where should the parameters of this case lie, by the reference's own units and order (S1, S2, S7)?"""
 
-    case: Case
+    case: TrainCase
 
 
 Layouts = dict[tuple[str, int], Index]

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from parity import bounds
-from parity.case import Case
+from parity.case import StackCase, StartCase, TrainCase
 from parity.inputs import forward_tokens, stack_inputs
 from parity.oracle.prediction import Key, Prediction, Predictions
 from parity.oracle.weights import stored_weight, weight_used
@@ -25,7 +25,7 @@ FACTORS = ("lora_A", "lora_B", "magnitude")
 _PRECISIONS = {"float32": bounds.FLOAT32, "bfloat16": bounds.BFLOAT16_COMPUTE, "float64": bounds.FLOAT64}
 
 
-def predict_stack(case: Case) -> Predictions:
+def predict_stack(case: TrainCase) -> Predictions:
     """Every gradient, parameter and momentum of every step; in bounded cases with limits and the nearest bugs."""
     right, frozen = _train(case), _frozen(case)
     if case.is_exact:
@@ -44,7 +44,7 @@ def _tracked_key(key: Key) -> Key:
     return (step, "gradient", name) if kind == "input_gradient" else key
 
 
-def _frozen(case: Case) -> Predictions:
+def _frozen(case: TrainCase) -> Predictions:
     """S6: the bits of each frozen weight, dense or packed, before the first step and after the last."""
     inputs = stack_inputs(case)
     return {
@@ -56,7 +56,7 @@ def _frozen(case: Case) -> Predictions:
     }
 
 
-def predict_start(case: Case) -> Predictions:
+def predict_start(case: StartCase) -> Predictions:
     """D6: each layer's magnitude before any step, with the bound of a float32 norm."""
     weights, _, adapters = stack_arrays(case)
     scaling = dora.scaling(case.alpha, case.rank, rank_stabilized=case.rank_stabilized)
@@ -79,13 +79,13 @@ def _prediction(value: np.ndarray, tracked: bounds.Tracked, mutants: dict[str, n
     )
 
 
-def stack_arrays(case: Case) -> tuple[tuple[Array, ...], tuple[Array | None, ...], tuple[Adapter, ...]]:
+def stack_arrays(case: StackCase) -> tuple[tuple[Array, ...], tuple[Array | None, ...], tuple[Adapter, ...]]:
     """Float64 weights (as the forward uses them), biases, and adapters of a case's stack."""
     inputs = stack_inputs(case)
     names = [f"layers.{position}" for position in range(len(case.layers))]
     weights = tuple(weight_used(case, inputs[f"{name}.weight"]) for name in names)
     biases = tuple(_float64(inputs.get(f"{name}.bias")) for name in names)
-    trained = FACTORS if case.method == "dora" else FACTORS[:2]
+    trained = FACTORS[:2] if isinstance(case, TrainCase) and case.method == "lora" else FACTORS
     adapters = tuple(
         Adapter(**dict.fromkeys(FACTORS) | {factor: _float64(inputs[f"{name}.{factor}"]) for factor in trained})
         for name in names
@@ -151,7 +151,7 @@ def _plain_lora(
     return y if bias_O is None else y + bias_O
 
 
-def _train(case: Case, *, norm_gradient: NormGradient = "constant") -> dict:
+def _train(case: TrainCase, *, norm_gradient: NormGradient = "constant") -> dict:
     """Steps on all tokens at once; the same batch at every step. The option plants a bug."""
     inputs = stack_inputs(case)
     weights, biases, adapters = stack_arrays(case)
@@ -186,7 +186,7 @@ def _outside(step: int, G_TO: Array, *, dx: Array, y: Array) -> dict:
     }
 
 
-def _norms(case: Case, step: int, adapters: tuple[Adapter, ...], norms: tuple[Array, ...]) -> dict:
+def _norms(case: TrainCase, step: int, adapters: tuple[Adapter, ...], norms: tuple[Array, ...]) -> dict:
     """D3, D7: n and c of every layer, as values."""
     if case.method == "lora":
         return {}
@@ -199,7 +199,7 @@ def _norms(case: Case, step: int, adapters: tuple[Adapter, ...], norms: tuple[Ar
     }
 
 
-def _stepped(case: Case, adapters: tuple[Adapter, ...], gradient: tuple[Adapter, ...], state: Any) -> tuple:
+def _stepped(case: TrainCase, adapters: tuple[Adapter, ...], gradient: tuple[Adapter, ...], state: Any) -> tuple:
     """T3: parameters after a step, the optimizer's state, and what of it has a parameter's shape, by kind."""
     lr = case.learning_rate
     if case.optimizer == "adamw":
@@ -218,7 +218,7 @@ def _named(step: int, kind: str, adapters: tuple[Adapter, ...]) -> dict:
     }
 
 
-def _bounds(case: Case) -> dict:
+def _bounds(case: TrainCase) -> dict:
     """The tracked tensors of every step."""
     inputs = stack_inputs(case)
     weights, biases, adapters = stack_arrays(case)
@@ -265,7 +265,7 @@ def _numpy(array: Array | None) -> np.ndarray | None:
     return None if array is None else np.asarray(array)
 
 
-def _masks(case: Case) -> list[np.ndarray | None] | None:
+def _masks(case: TrainCase) -> list[np.ndarray | None] | None:
     """D9: what multiplies each layer's input; None without dropout."""
     if not case.dropout:
         return None
@@ -274,7 +274,7 @@ def _masks(case: Case) -> list[np.ndarray | None] | None:
     return [_numpy(dropout_mask(keep, rate=case.dropout)) for keep in keeps]
 
 
-def _counts(case: Case, rank: int) -> list[int]:
+def _counts(case: TrainCase, rank: int) -> list[int]:
     """The tokens of each forward of a rank's step (T1)."""
     return [part.stop - part.start for part in forward_tokens(case, rank, 0)]
 

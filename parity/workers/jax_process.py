@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import multiprocessing
 import os
 import time
@@ -10,7 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parity.case import DEFAULTS, WITHOUT_EFFECT, Case
+from parity.case import (
+    Case,
+    CheckpointCase,
+    DecodeCase,
+    ExchangeCase,
+    MergeCase,
+    NetworkCase,
+    RefuseCase,
+    StartCase,
+    SteppedCase,
+    TrainCase,
+)
 from parity.job import Job, Place, RankAnswer, declared
 from parity.oracle.prediction import LayoutQuestion, Layouts, Predictions
 from parity.workers.answers import pack_answers, pack_trusted, unpack_answers, unpack_trusted
@@ -82,10 +92,10 @@ class Oracle:
 def mathematics(case: Case) -> Case:
     """The case less what its answer cannot depend on; a subject is kept where its route has a bound of its own."""
     subject = case.subject if case.subject in {"peft", "differences"} else "torch_impl"
-    plain = {name: DEFAULTS[name] for name in WITHOUT_EFFECT}
-    if case.is_exact:
-        plain |= {"world": 1, "accumulate": 1}  # no bound, so nothing depends on how the tokens are dealt
-    return dataclasses.replace(case, strategy="none", subject=subject, link="frameworks", clauses=(), **plain)
+    dealt = {}
+    if case.is_exact:  # no bound, so nothing depends on how the tokens are dealt
+        dealt = {"world": 1, **({"accumulate": 1} if isinstance(case, SteppedCase) else {})}
+    return case.undisturbed(subject=subject, **dealt)
 
 
 @life
@@ -122,22 +132,34 @@ def _answer(asked: Any, model: Path | None) -> Any:
 
 def _predict(question: Question, model: Path | None) -> Predictions:
     """By the kind of case; each loads what it needs."""
-    case = question.case
-    if case.model == "codec":
-        from parity.oracle.codec import predict_codec  # noqa: PLC0415
+    match question.case:
+        case DecodeCase() as case:
+            from parity.oracle.codec import predict_codec  # noqa: PLC0415
 
-        return predict_codec(case)
-    if case.model == "pretrained":
-        from parity.oracle.network import predict_network  # noqa: PLC0415
+            return predict_codec(case)
+        case NetworkCase() as case:
+            from parity.oracle.network import predict_network  # noqa: PLC0415
 
-        return predict_network(case, model, dict(question.offsets))
-    if case.task != "train":
-        from parity.oracle.files import predict  # noqa: PLC0415
+            return predict_network(case, model, dict(question.offsets))
+        case MergeCase() | ExchangeCase() as case:
+            return _predict_files(case)
+        case StartCase() as case:
+            from parity.oracle.stack import predict_start  # noqa: PLC0415
 
-        return predict(case)
-    from parity.oracle.stack import predict_stack, predict_start  # noqa: PLC0415
+            return predict_start(case)
+        case TrainCase() as case:
+            from parity.oracle.stack import predict_stack  # noqa: PLC0415
 
-    return predict_start(case) if case.proof in {"start", "root"} else predict_stack(case)
+            return predict_stack(case)
+    raise TypeError(f"the oracle has no answer to a {type(question.case).__name__}")
+
+
+def _predict_files(case: MergeCase | ExchangeCase) -> Predictions:
+    from parity.oracle import files  # noqa: PLC0415
+
+    if isinstance(case, MergeCase):
+        return files.predict_merged(case)
+    return files.predict_checkpoint(case) if isinstance(case, CheckpointCase) else files.predict_adapters(case)
 
 
 def _run(job: Job, model: Path | None) -> list[RankAnswer]:
@@ -149,7 +171,7 @@ def _run(job: Job, model: Path | None) -> list[RankAnswer]:
     refused = why_refused(implementation, job.case)
     if refused:
         return [RankAnswer([], time.monotonic() - start, refused)]
-    if job.case.task == "refuse":
+    if isinstance(job.case, RefuseCase):
         return [RankAnswer([], time.monotonic() - start, said=what_is_said(implementation, job.case))]
     shards = list(implementation.run(job.case, Place(0, job.case.world, "cpu", model, job.folder)))
     seconds = time.monotonic() - start

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from parity.case import Case
+from parity.case import Case, RefuseCase
 from parity.printable import printable
 
 
@@ -20,7 +20,7 @@ def why_refused(implementation: Any, case: Case) -> str:
     return printable(str(reason or ""))
 
 
-def what_is_said(implementation: Any, case: Case) -> str:
+def what_is_said(implementation: Any, case: RefuseCase) -> str:
     """The error's class and text; empty where the bad thing was taken.
 
     Raises:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+from parity.case import RefuseCase
 from parity.errors import NoAnswer
 from parity.job import Job, Place, RankAnswer, declared
 from parity.workers.answers import bounded, pack_answers, unpack_answers
@@ -121,7 +122,7 @@ def _run(job: Job, place: Place, most_bytes: int) -> RankAnswer:
     refused = why_refused(implementation, job.case)
     if refused:
         return RankAnswer([], time.monotonic() - start, refused)
-    if job.case.task == "refuse":
+    if isinstance(job.case, RefuseCase):
         return RankAnswer([], time.monotonic() - start, said=what_is_said(implementation, job.case))
     place = dataclasses.replace(place, folder=job.folder)
     shards = bounded(implementation.run(job.case, place), most_bytes)

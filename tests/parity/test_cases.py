@@ -11,7 +11,7 @@ import pytest
 from parity.bugs import diagnosis
 from parity.bugs.known import BUGS, known_as
 from parity.bugs.record import Signature
-from parity.case import LINKS
+from parity.case import LINKS, SteppedCase
 from parity.cases import TIERS, cases_of
 from parity.commands.choose import choose
 from parity.commands.expression import compile_expression
@@ -21,6 +21,7 @@ SPECIFIED, _, _ = files("ref").joinpath("SPEC.md").read_text(encoding="utf-8").p
 CLAUSES = re.findall(r"^### (\S+)", SPECIFIED, flags=re.MULTILINE)
 EACH_TIER = pytest.mark.parametrize("tier", TIERS)
 QUICK = cases_of("quick")
+STEPPED = [case for case in QUICK if isinstance(case, SteppedCase)]
 
 
 @EACH_TIER
@@ -71,12 +72,12 @@ def test_replaying_a_case_chooses_it_alone():
 
 def test_a_twin_is_unsharded():
     """What link 2 compares with runs in one process, under no strategy and with nothing cast on the wire."""
-    twins = {case.unsharded_twin() for case in QUICK if case.link == "shards"}
+    twins = {case.unsharded_twin() for case in STEPPED if case.link == "shards"}
 
     assert {(twin.world, twin.strategy, twin.param_dtype) for twin in twins} == {(1, "none", None)}
 
 
-@pytest.mark.parametrize("case", [c for c in QUICK if c.proof == "one-hot"], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [c for c in STEPPED if c.inputs == "one-hot"], ids=lambda case: case.id)
 def test_every_rank_is_hot_once(case):
     """A one-hot case has a step for each rank, since what a rank does wrong shows when it is hot."""
     assert {case.hot_rank(step) for step in range(case.steps)} == set(range(case.world))

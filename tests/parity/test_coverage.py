@@ -153,7 +153,7 @@ def test_what_is_declared_is_owed(kind):
 def test_a_quant_state_is_on_every_rank():
     """S6: what all ranks need to decode their bytes is not cut, and one that lacks it is missed."""
     case = next(
-        c for c in cases_of("quick") if c.id == "pretrained/one-hot/torch_impl/fsdp2-w2/2-blocks/nf4-float32/plain"
+        c for c in cases_of("quick") if c.id == "pretrained/one-hot/torch_impl/fsdp2-w2/2-blocks/nf4-bfloat16/plain"
     )
     key, array = (0, "offset", "layers.0"), np.array(1.5, dtype=np.float32)
     parts = {"name": "layers.0", "kind": "offset", "step": 0, "global_shape": (), "index": (), "array": array}

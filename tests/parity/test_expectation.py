@@ -1,18 +1,19 @@
-"""What is expected, and how strictly, follows from the proof alone; nobody passes by giving less."""
+"""What is expected, and how strictly, follows from the case alone; nobody passes by giving less."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 
-from parity.case import Case
-from parity.checks.expectation import dtype_of, from_oracle, from_twin, owed, required
+from parity.case import DecodeCase, NetworkCase, StartCase, TrainCase
+from parity.checks.expectation import TABLE, dtype_of, from_oracle, from_twin, owed, required
 from parity.errors import CaseFailed
 from parity.oracle.prediction import Prediction
 from parity.shard import Shard, whole_index
 
-CASE = Case(link="shards", model="stack", proof="bound", layers=((3, 2),), rank=1, shape_name="tiny", world=2)
+CASE = TrainCase(link="shards", inputs="gaussian", layers=((3, 2),), rank=1, shape_name="tiny", world=2)
 FRAMEWORKS = dataclasses.replace(CASE, link="frameworks", world=1)
+NETWORK = NetworkCase(link="frameworks", blocks=1)
 
 
 def shard(name, kind, step, size=2):
@@ -38,16 +39,16 @@ def predictions():
 
 def test_shards_are_bitwise_with_one_rank_hot():
     """Link 2 with one rank hot is equality with the same run unsharded."""
-    expected = from_twin(dataclasses.replace(CASE, proof="one-hot"), twin())
+    expected = from_twin(dataclasses.replace(CASE, inputs="one-hot"), twin())
 
     assert {e.mode for key, e in expected.items() if key[0]} == {"bitwise"}
     assert {e.against for e in expected.values()} == {"twin"}
 
 
-@pytest.mark.parametrize(("proof", "twin"), [("lattice", False), ("bound", False), ("one-hot", True)])
-def test_only_one_rank_hot_is_compared_with_itself(proof, twin):
+@pytest.mark.parametrize(("inputs", "twin"), [("lattice", False), ("gaussian", False), ("one-hot", True)])
+def test_only_one_rank_hot_is_compared_with_itself(inputs, twin):
     """Link 2 on lattices and on Gaussian numbers rests on the reference, and not on the subject's own unsharded run."""
-    assert dataclasses.replace(CASE, proof=proof).has_twin == twin
+    assert dataclasses.replace(CASE, inputs=inputs).has_twin == twin
 
 
 def test_a_run_of_its_own_is_not_a_twins():
@@ -79,7 +80,7 @@ def test_d11_each_kind_has_its_dtype(kind, dtype):
 @pytest.mark.parametrize(("kind", "factor"), [("input_gradient", 2), ("loss", 2), ("output", 1)])
 def test_s3_what_a_rank_backpropagates_carries_the_world_size(kind, factor):
     """A rank's loss and its input gradient are the world size times their part of the sum; its output is not."""
-    lattice = dataclasses.replace(CASE, proof="lattice", tokens=2)
+    lattice = dataclasses.replace(CASE, inputs="lattice", tokens=2)
     key = (1, kind, "x")
     (expected,) = from_oracle(lattice, {key: Prediction(value=np.array([3.0, 4.0]))}).values()
 
@@ -89,7 +90,7 @@ def test_s3_what_a_rank_backpropagates_carries_the_world_size(kind, factor):
 @pytest.mark.parametrize("clauses", [("D1", "S3", "D5")])
 def test_a_twin_says_nothing_of_the_layer(clauses):
     """What is compared with the same code unsharded bears on the clauses of sharding alone."""
-    case = dataclasses.replace(CASE, proof="one-hot", clauses=clauses)
+    case = dataclasses.replace(CASE, inputs="one-hot", clauses=clauses)
 
     assert from_twin(case, twin())[1, "gradient", "layers.0.lora_A"].clauses == ("S3",)
     assert "D5" in from_oracle(case, predictions())[1, "gradient", "layers.0.lora_A"].clauses
@@ -106,7 +107,7 @@ def test_a_twin_that_lacks_a_tensor_is_refused(lost):
 
 def test_a_start_owes_its_magnitudes():
     """D6's cases owe the magnitudes before any step, and nothing else."""
-    assert owed(dataclasses.replace(CASE, proof="start", steps=0)) == {(0, "parameter", "layers.0.magnitude")}
+    assert owed(StartCase(link="shards", layers=CASE.layers)) == {(0, "parameter", "layers.0.magnitude")}
 
 
 def test_the_oracle_bounds_its_own_limit():
@@ -117,12 +118,22 @@ def test_the_oracle_bounds_its_own_limit():
 
 
 @pytest.mark.parametrize(
-    ("proof", "mode"),
-    [("lattice", "bitwise"), ("decode", "bits"), ("sensitivity", "norm"), ("start", "bound"), ("root", "ulp")],
+    ("case", "mode"),
+    [
+        pytest.param(dataclasses.replace(FRAMEWORKS, inputs="lattice"), "bitwise", id="lattice"),
+        pytest.param(DecodeCase(link="frameworks"), "bits", id="decode"),
+        pytest.param(NETWORK, "norm", id="network"),
+        pytest.param(StartCase(link="frameworks"), "bound", id="start"),
+        pytest.param(StartCase(link="frameworks", inputs="integers"), "ulp", id="root"),
+        pytest.param(dataclasses.replace(FRAMEWORKS, inputs="lattice", clip=0.5), "bound", id="clipped lattice"),
+        pytest.param(dataclasses.replace(FRAMEWORKS, inputs="lattice", optimizer="adamw"), "bound", id="adamw"),
+    ],
 )
-def test_each_proof_has_its_mode(proof, mode):
-    """Lattices are equal, bytes are bits, networks have a norm, starts a bound, roots a unit."""
-    expected = from_oracle(dataclasses.replace(FRAMEWORKS, proof=proof), predictions())
+def test_each_kind_has_its_mode(case, mode):
+    """Lattices are equal, bytes are bits, networks have a norm, starts a bound, roots a unit; as TABLE has it."""
+    assert TABLE[case.tolerance].mode == mode
+
+    expected = from_oracle(case, predictions())
 
     assert expected[1, "gradient", "layers.0.lora_A"].mode == mode
 
@@ -132,7 +143,7 @@ def test_a_lattice_that_is_not_exact_is_refused():
     inexact = {(1, "gradient", "layers.0.lora_A"): Prediction(value=np.array([1 + 2.0**-30]))}
 
     with pytest.raises(CaseFailed, match="lattice is not exact"):
-        from_oracle(dataclasses.replace(FRAMEWORKS, proof="lattice"), inexact)
+        from_oracle(dataclasses.replace(FRAMEWORKS, inputs="lattice"), inexact)
 
 
 def test_link_1_is_about_derivatives():
@@ -146,7 +157,7 @@ def test_no_claim_reaches_the_check():
     """What the oracle declines to claim stays declined."""
     unclaimed = {(1, "gradient", "layers.0.lora_A"): Prediction(value=np.ones(2), limit=1.0, no_claim="too sensitive")}
 
-    (expected,) = from_oracle(dataclasses.replace(FRAMEWORKS, proof="sensitivity"), unclaimed).values()
+    (expected,) = from_oracle(NETWORK, unclaimed).values()
 
     assert expected.no_claim == "too sensitive"
 

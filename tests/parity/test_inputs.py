@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from parity.case import NetworkCase, StackCase
 from parity.cases import cases_of
 from parity.errors import LatticeNotExact
 from parity.inputs import batches, deal_tokens, input_seed, stack_inputs
@@ -24,7 +25,8 @@ PACKED = QUICK["stack/lattice/torch_impl/fsdp2-w3/uneven/nf4-float32/plain"]
 GAUSSIAN = dataclasses.replace(
     QUICK["stack/one-hot/torch_impl/fsdp2-w2/uneven/bfloat16-bfloat16/plain"], world=3, steps=3
 )
-LATTICES = list({input_seed(case): case for case in QUICK.values() if case.proof == "lattice"}.values())
+DRAWN = [case for case in QUICK.values() if isinstance(case, StackCase)]
+LATTICES = list({input_seed(case): case for case in DRAWN if case.inputs == "lattice"}.values())
 EACH_LATTICE = pytest.mark.parametrize("case", LATTICES, ids=lambda case: case.id)
 
 
@@ -198,7 +200,7 @@ def test_every_rank_has_tokens_where_there_are_enough(world):
 
 def test_d7_a_lattice_has_a_bias_on_its_zero_rows():
     """The output of a zero row is its bias: were that 0 as well, its loss would not show."""
-    case = next(case for case in cases_of("quick") if case.zero_rows and case.bias and case.proof == "lattice")
+    case = next(case for case in LATTICES if case.zero_rows and case.bias)
     arrays = drawn(case)
     V = arrays["layers.0.weight"] + case.scaling * arrays["layers.0.lora_B"] @ arrays["layers.0.lora_A"]
     zero = ~V.any(axis=1)
@@ -292,8 +294,8 @@ def test_q5_ties_lie_on_midpoints():
 
 def test_adapters_of_a_network_depend_on_the_layer_alone():
     """The same layer has the same A and B under every strategy; another layer has others."""
-    case = next(case for case in QUICK.values() if case.model == "pretrained")
-    other = dataclasses.replace(case, strategy="fsdp1", proof="sensitivity", world=1)
+    case = next(case for case in QUICK.values() if isinstance(case, NetworkCase))
+    other = dataclasses.replace(case, strategy="fsdp1", inputs="text", world=1)
 
     first, again = (adapter_factors(c, "model.layers.0.mlp.up_proj", fan_in=8, fan_out=6) for c in (case, other))
     elsewhere = adapter_factors(case, "model.layers.1.mlp.up_proj", fan_in=8, fan_out=6)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from parity.case import UNSHARDED
+from parity.case import UNSHARDED, StartCase, SteppedCase, TrainCase
 from parity.cases import cases_of
 from parity.checks.collectives import check_collectives, expected_collectives
 from parity.checks.itself import as_declared, unchanged
@@ -11,9 +11,11 @@ from parity.commands.judge import with_judges
 from parity.shard import Shard, whole_index
 
 QUICK = cases_of("quick")
-TWINS = [case for case in QUICK if case.has_twin and case.task == "train" and case.subject == "torch_impl"]
-RESUMED = next(case for case in QUICK if case.resume == "fsdp2" and case.optimizer == "adamw")
-COUNTED = [case for case in QUICK if case.counted]
+OURS = [case for case in QUICK if case.subject == "torch_impl"]
+TWINS = [case for case in OURS if case.has_twin and isinstance(case, SteppedCase | StartCase)]
+STEPPED = [case for case in QUICK if isinstance(case, TrainCase)]
+RESUMED = next(case for case in STEPPED if case.resume == "fsdp2" and case.optimizer == "adamw")
+COUNTED = [case for case in STEPPED if case.counted]
 
 
 def added(cases):
@@ -40,7 +42,7 @@ def test_one_judge_serves_all_of_a_kind():
 
 def test_who_is_judged_already_is_not_judged_twice():
     """A whole tier brings nothing along."""
-    assert added([case for case in QUICK if case.subject == "torch_impl"]) == []
+    assert added(OURS) == []
 
 
 # what must not have changed

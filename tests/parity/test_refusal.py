@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 
+from parity.case import RefuseCase
 from parity.cases import cases_of
 from parity.checks.refusal import NAMED, check_refusal
 from parity.implementations.registry import resolve
 from parity.workers.refusing import what_is_said
 
-CASES = [case for case in cases_of("quick") if case.task == "refuse"]
+CASES = [case for case in cases_of("quick") if isinstance(case, RefuseCase)]
 CASE = next(case for case in CASES if case.bad == "nan-weight")
 
 

@@ -9,12 +9,12 @@ import jsonschema
 import numpy as np
 import pytest
 
-from parity.case import Case
+from parity.case import TrainCase
 from parity.checks.shard_check import Check, Evidence
 from parity.report.environment import describe
 from parity.report.results import CaseResult, Results, worst_of, write_json
 
-CASE = Case(link="shards", model="stack", proof="bound", shape_name="tiny", clauses=("D1", "S3"))
+CASE = TrainCase(link="shards", inputs="gaussian", shape_name="tiny", clauses=("D1", "S3"))
 CHECK = Check(
     tensor="layers.0.lora_A",
     kind="gradient",

@@ -4,15 +4,14 @@ from dataclasses import dataclass
 
 import pytest
 
-from parity.case import Case
+from parity.case import TrainCase
 from parity.commands.choose import choose, find
 from parity.commands.expression import compile_expression
 from parity.errors import BadExpression, CannotRun, NoCaseMatches, WorldNotInTier
 
-CASE = Case(
+CASE = TrainCase(
     link="shards",
-    model="stack",
-    proof="one-hot",
+    inputs="one-hot",
     strategy="fsdp2",
     world=3,
     base="nf4",

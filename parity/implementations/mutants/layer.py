@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from parity.case import Case
+from parity.case import Case, StackCase
 from parity.implementations.mutants.base import Mutant
 from parity.job import Place
 from torch_impl import inject, layers, norm
@@ -93,7 +93,7 @@ class StaleNorm(Mutant):
     def __init__(self) -> None:
         self._kept: dict[torch.Size, Tensor] = {}  # by the weight's shape: the layers of a stack differ in it
 
-    def build(self, case: Case, device: str) -> nn.Module:
+    def build(self, case: StackCase, device: str) -> nn.Module:
         """Forget what building the layers has computed: the first forward is still right."""
         model = super().build(case, device)
         self._kept.clear()
@@ -136,7 +136,7 @@ class MagnitudeFromWrongWeight(Mutant):
 class MagnitudeDtype(Mutant):
     """The magnitude is a bfloat16 parameter, as after `model.to(torch.bfloat16)`."""
 
-    def build(self, case: Case, device: str) -> nn.Module:
+    def build(self, case: StackCase, device: str) -> nn.Module:
         """Cast it before anything is sharded; a magnitude that bfloat16 can hold keeps its values."""
         model = super().build(case, device)
         for layer in model.modules():
@@ -226,10 +226,11 @@ class OutputScaled(Mutant):
     def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
         """Scale what comes out; gradients with respect to parameters stay right."""
         forward = _Product.forward
+        last = case.layers[-1][1] if isinstance(case, StackCase) else 0
 
         def scaling(ctx: object, arithmetic: object, stored: Tensor, *tensors: Tensor | None) -> Tensor:
             y = forward(ctx, arithmetic, stored, *tensors)
-            return 1.5 * y if y.shape[-1] == case.layers[-1][1] else y
+            return 1.5 * y if y.shape[-1] == last else y
 
         return mock.patch.object(_Product, "forward", staticmethod(scaling))
 

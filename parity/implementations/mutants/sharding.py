@@ -17,7 +17,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from parity.case import Case
+from parity.case import Case, SteppedCase
 from parity.implementations import torch_stack
 from parity.implementations.mutants.base import Mutant, is_sharded
 from parity.job import Place
@@ -213,7 +213,7 @@ def _settling(case: Case, change: Callable[[LocalShard], None]) -> contextlib.Ab
     """Change gradient shards in place after each backward pass of a sharded case."""
     right = torch_stack.settle_gradients
 
-    def settle(model: nn.Module, running: Case) -> None:
+    def settle(model: nn.Module, running: SteppedCase) -> None:
         right(model, running)
         for shard in local_shards(model) if is_sharded(case) else ():
             if shard.kind == "gradient":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from parity.case import Case
+from parity.case import Case, SteppedCase
 from parity.implementations import torch_stack, torch_training
 from parity.implementations.mutants.base import Mutant
 from parity.job import Place
@@ -66,7 +66,7 @@ class OptimizerStateDtype(Mutant):
         """Round what the optimizer keeps after each step."""
         right = torch_stack.optimizer_for
 
-        def rounding(model: nn.Module, running: Case) -> torch.optim.Optimizer:
+        def rounding(model: nn.Module, running: SteppedCase) -> torch.optim.Optimizer:
             optimizer = right(model, running)
             optimizer.register_step_post_hook(_round_moments)
             return optimizer
