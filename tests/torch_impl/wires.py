@@ -1,6 +1,7 @@
 """Run by ranks: dtypes on the wire, the neutral start, shards after evaluation, and refusals."""
 
 import dataclasses
+from pathlib import Path
 
 import onehot
 import torch
@@ -18,6 +19,7 @@ from torch_impl import (
     merge_adapter,
     shard_model,
 )
+from torch_impl.materialize import materialize
 
 BF16 = torch.bfloat16
 
@@ -126,3 +128,10 @@ def trained_names(*, rank: int, world: int, strategy: str) -> set[str]:
     del rank, world
     model = shard_model(build(Stack()), ShardConfig(strategy=strategy))
     return {name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def materialized(*, rank: int, world: int, folder: str, load: str) -> dict[str, torch.Tensor]:
+    """The parameters of the plain model that this rank starts from the folder of its number."""
+    del world
+    model = materialize(Path(folder) / str(rank), None, load=load)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
