@@ -39,7 +39,7 @@ def _seen_by_products(model: nn.Module) -> list[tuple[torch.Tensor, ...]]:
 
 
 def dtypes(*, rank: int, world: int, strategy: str, packed: bool) -> dict[str, object]:
-    """The dtypes that arrive in a product, and those of the gradients, under param_dtype bf16."""
+    """Dtypes in a product and of gradients, and whether one was rounded to bf16, with bf16 on the wire."""
     del rank, world
     case = Stack(compute_dtype=BF16, quant=QuantConfig() if packed else None)
     bits = [layer.base.weight.detach().clone() for layer in build(case).layers]
@@ -48,8 +48,13 @@ def dtypes(*, rank: int, world: int, strategy: str, packed: bool) -> dict[str, o
     model(torch.randn(4, 66)).sum().backward()
     weight, _, *adapter, _ = seen[0]
     assert torch.equal(weight.view(torch.int16), bits[0].to(BF16).view(torch.int16))
-    gradients = {str(s.tensor.dtype) for s in local_shards(model) if s.kind == "gradient"}
-    return {"weight": str(weight.dtype), "adapter": [str(t.dtype) for t in adapter], "gradients": sorted(gradients)}
+    gradients = [shard.tensor for shard in local_shards(model) if shard.kind == "gradient"]
+    return {
+        "weight": str(weight.dtype),
+        "adapter": [str(tensor.dtype) for tensor in adapter],
+        "gradients": sorted({str(gradient.dtype) for gradient in gradients}),
+        "rounded": any(torch.equal(part, part.to(BF16).float()) for part in gradients if part.numel()),
+    }
 
 
 def neutral_start(*, rank: int, world: int, strategy: str) -> list[bool]:
