@@ -109,7 +109,9 @@ def test_t6_every_generator_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     device = torch.Generator().manual_seed(5)
     pairs = {"cpu": (torch.get_rng_state, torch.set_rng_state), "cuda": (device.get_state, device.set_state)}
     monkeypatch.setattr(checkpoint, "generators", lambda: {name: pairs[name] for name in held})
-    place = checkpoint.save(tmp_path, *trained(), checkpoint.Saved(1, 7, {}))
+    run = trained()
+    torch.manual_seed(6)
+    place = checkpoint.save(tmp_path, *run, checkpoint.Saved(1, 7, {}))
     want = torch.rand(3), torch.rand(3, generator=device)
     if held == ["cpu"]:
         device.manual_seed(5)
@@ -126,7 +128,9 @@ def test_t6_a_checkpoint_that_lists_no_generators_has_the_processors(
 ) -> None:
     """As they were written before devices had theirs kept: one generator a rank, stored as `rng/RANK`."""
     monkeypatch.setattr(checkpoint, "generators", lambda: {"cpu": (torch.get_rng_state, torch.set_rng_state)})
-    place = checkpoint.save(tmp_path, *trained(), checkpoint.Saved(1, 7, {}))
+    run = trained()
+    torch.manual_seed(6)
+    place = checkpoint.save(tmp_path, *run, checkpoint.Saved(1, 7, {}))
     want = torch.rand(3)
     _state("generators")(place)
 

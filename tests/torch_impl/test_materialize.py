@@ -69,6 +69,19 @@ def test_a_plain_model_loads_too(tmp_path: Path, kind: str) -> None:
     assert torch.equal(materialize(folder, None).eval()(tokens).logits, whole.eval()(tokens).logits)
 
 
+@pytest.mark.parametrize(("kind", "prefix"), [("llama", "model."), ("gpt2", "transformer.")])
+def test_a_checkpoint_of_the_model_without_its_head_loads(tmp_path: Path, kind: str, prefix: str) -> None:
+    """Its names lack the model's prefix, as GPT-2's own files do; the head is the embeddings'."""
+    folder = write_model(tmp_path / kind, kind=kind)
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    save_file({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+    assert same(materialize(folder, None), whole)
+
+
 def test_c2_a_checkpoint_that_bitsandbytes_packed_keeps_its_bytes(folder: Path) -> None:
     """A four-bit checkpoint as transformers writes it loads into the same layers as packing on arrival."""
     files = sorted(folder.glob("*.safetensors"))

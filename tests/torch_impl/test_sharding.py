@@ -30,6 +30,15 @@ def test_s6_param_dtype_never_reaches_packed_bytes(pools: Pools, strategy: str) 
 
 
 @pytest.mark.parametrize("strategy", ["fsdp1", "fsdp1-orig", "fsdp2"])
+@pytest.mark.parametrize("own", [True, False], ids=["own-norm", "blocks-alone"])
+def test_param_dtype_is_that_of_the_norms(pools: Pools, strategy: str, *, own: bool) -> None:
+    """What is left in blocks and in the root arrives in bf16, and so do their inputs, whoever holds parameters."""
+    answers = pools.run(2, "wires:norms", strategy=strategy, own=own)
+
+    assert answers == [[("torch.bfloat16", "torch.bfloat16")] * (3 if own else 2)] * 2
+
+
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp1-orig", "fsdp2"])
 def test_d12_neutral_start_holds_after_sharding(pools: Pools, strategy: str) -> None:
     """With B = 0 every c is exactly 1 on every rank, and y is the base's product, dense and packed."""
     assert pools.run(3, "wires:neutral_start", strategy=strategy) == [[True] * 4] * 3

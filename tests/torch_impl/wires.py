@@ -57,6 +57,43 @@ def dtypes(*, rank: int, world: int, strategy: str, packed: bool) -> dict[str, o
     }
 
 
+class _Block(nn.Module):
+    """A norm and what trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One after the other."""
+        return self.linear(self.norm(x))
+
+
+class _Blocks(nn.Module):
+    """Two blocks, and a norm of the model's own behind them or none."""
+
+    def __init__(self, last: nn.Module) -> None:
+        super().__init__()
+        self.blocks, self.last = nn.ModuleList([_Block(), _Block()]), last
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One after the other."""
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+def norms(*, rank: int, world: int, strategy: str, own: bool) -> list[tuple[str, str]]:
+    """The dtypes of each norm's input and weight where a float32 model is run with param_dtype bf16."""
+    del rank, world
+    model = apply_dora(_Blocks(nn.LayerNorm(6) if own else nn.Identity()), DoraConfig(2, 4, compute_dtype=BF16))
+    found: list[tuple[str, str]] = []
+    for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
+        norm.register_forward_pre_hook(lambda norm, x: found.append((str(x[0].dtype), str(norm.weight.dtype))))
+    shard_model(model, ShardConfig(strategy=strategy, param_dtype=BF16))(torch.ones(3, 6))
+    return found
+
+
 def neutral_start(*, rank: int, world: int, strategy: str) -> list[bool]:
     """For dense and packed, float32 and bf16: whether y is exactly the base's product, so that c was exactly 1."""
     del rank, world
