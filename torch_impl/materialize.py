@@ -289,7 +289,7 @@ def _read_unmapped(path: Path, key: str, shape: tuple[int, ...], dtype: torch.dt
         length = int.from_bytes(file.read(8), "little")
         start, stop = json.loads(file.read(length))[key]["data_offsets"]
         file.seek(8 + length + start)
-        got = file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) if stop > start else 0
+        got = file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)
     if got != stop - start or got != tensor.nbytes:
         raise OSError(f"{key} is cut off")
     return tensor

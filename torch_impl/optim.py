@@ -4,6 +4,7 @@ Clauses: S5 (one norm over all shards of all ranks), T2 (min(1, c / (N + 1e-6)))
 """
 
 import math
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -134,7 +135,8 @@ def peak_memory(device: torch.device) -> int:
 def host_memory(*, peak: bool) -> int:
     """Bytes of this process that lie in host memory, now or at most so far.
 
-    Linux's own count, where there is one: `getrusage` begins with the peak of the process that started this one.
+    Linux's own count, where there is one: `getrusage` begins with the peak of the process that started this one, knows
+    nothing but peaks, and counts in kibibytes, on macOS in bytes.
     """
     status = Path("/proc/self/status")
     if status.is_file():
@@ -142,7 +144,7 @@ def host_memory(*, peak: bool) -> int:
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(key))
     import resource  # noqa: PLC0415 - not on every system
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def cross_entropy_sum(logits_SLV: Tensor, labels_SL: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def _outcomes(chosen: list[Mutant], known: dict, steps: dict, options: argparse.
     outcomes = [known[mutant.key] for mutant in chosen if mutant.key in known]
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         warm.load()
-        trials = Trials(Copy(ROOT, Path(folder) / "copy"), steps, Chart(options.map), options.tests_first)
+        trials = Trials(Copy(ROOT, Path(folder) / "copy"), steps, Chart(options.map, ROOT), options.tests_first)
         for mutant in chosen:
             if time.monotonic() - began > options.seconds:
                 break

@@ -1,5 +1,6 @@
 """A mutant's fate, its record, and the list of those that change nothing."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -83,19 +84,45 @@ def test_the_rate_counts_what_is_listed_as_survived():
     assert "killed before listing: 50.0 % of those tried" in list(report.lines())
 
 
-def test_tests_that_run_the_line_are_taken_quickest_first(tmp_path):
-    """A test of another file or line is taken, or a slow one comes first."""
+@pytest.fixture
+def chart(tmp_path: Path) -> Chart:
+    """A map of three test files, begun when they were ten seconds old."""
+    for name in ("file.py", "slow.py", "quick.py", "other.py"):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (990, 990))
     (tmp_path / "map").write_text(
+        '{"begun": 1000}\n'
         '{"test": "slow.py::a", "seconds": 2, "lines": {"file.py": [1]}}\n'
         '{"test": "quick.py::b", "seconds": 1, "lines": {"file.py": [1, 2]}}\n'
         '{"test": "quick.py::c", "seconds": 1, "lines": {"file.py": [3]}}\n'
         '{"test": "other.py::d", "seconds": 1, "lines": {"file.py": [1]}}\n'
     )
+    return Chart(tmp_path / "map", tmp_path)
+
+
+def narrowed(chart: Chart) -> tuple[str, ...]:
+    """What of two test files is run for a mutant of the first line."""
     (mutant,) = mutants_of("file.py", b"x = 1\n")
+    return Step("test", ("slow.py", "quick.py")).narrowed(chart, mutant).arguments
 
-    step = Step("test", ("slow.py", "quick.py")).narrowed(Chart(tmp_path / "map"), mutant)
 
-    assert step.arguments == ("quick.py::b", "slow.py::a")
+def test_tests_that_run_the_line_are_taken_quickest_first(chart):
+    """A test of another file or line is taken, or a slow one comes first."""
+    assert narrowed(chart) == ("quick.py::b", "slow.py::a")
+
+
+def test_a_test_file_that_is_newer_than_the_map_is_taken_whole(chart, tmp_path):
+    """A test that was added is never run, or one that was removed counts as failing."""
+    os.utime(tmp_path / "quick.py", (1001, 1001))
+
+    assert narrowed(chart) == ("slow.py::a", "quick.py")
+
+
+def test_a_source_file_that_is_newer_than_the_map_has_all_tests(chart, tmp_path):
+    """A mutant is tried by the tests of another line, which stood there when the map was made."""
+    os.utime(tmp_path / "file.py", (1001, 1001))
+
+    assert narrowed(chart) == ("slow.py", "quick.py")
 
 
 def test_a_line_that_the_map_lacks_has_all_tests():

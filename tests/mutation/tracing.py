@@ -80,5 +80,7 @@ class Map:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Begin the map that $MUTATION_MAP names."""
-    config.pluginmanager.register(Map(Path(os.environ["MUTATION_MAP"]).resolve(), config.rootpath))
+    """Begin the map that $MUTATION_MAP names, with the time: it is of the files as they are now."""
+    path = Path(os.environ["MUTATION_MAP"]).resolve()
+    path.write_text(json.dumps({"begun": time.time()}) + "\n", encoding="utf-8")
+    config.pluginmanager.register(Map(path, config.rootpath))

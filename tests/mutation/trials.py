@@ -47,11 +47,16 @@ class Step:
         return ["pytest", "-m", marks, *self.arguments]
 
     def narrowed(self, chart: Chart, mutant: Mutant) -> "Step":
-        """Only the tests that run the mutant's line; all where the map knows none, as of lines outside of functions."""
-        if self.kind != "test":
+        """Only the tests that run the mutant's line; all where the map knows none, as of lines outside of functions.
+
+        Test files that are newer than the map are taken whole.
+        """
+        if self.kind != "test" or not chart.is_of(mutant.file):
             return self
-        tests = chart.tests(mutant.file, mutant.line, among=set(self.arguments), seconds=_TESTS_SECONDS)
-        return Step(self.kind, tuple(tests)) if tests else self
+        known = {file for file in self.arguments if chart.is_of(file)}
+        tests = chart.tests(mutant.file, mutant.line, among=known, seconds=_TESTS_SECONDS)
+        newer = (file for file in self.arguments if file not in known)
+        return Step(self.kind, (*tests, *newer)) if tests else self
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from onehot import Stack, build
+from safetensors.torch import load_file
 from saves import save_for_ever
 from torch import nn
 
@@ -58,12 +59,12 @@ BROKEN = {
 }
 
 
-def _state(**values: object) -> Callable[[Path], None]:
+def _state(*lacking: str, **values: object) -> Callable[[Path], None]:
     """Another state.json, to which the manifest agrees."""
 
     def damage(place: Path) -> None:
         state, manifest = (json.loads((place / name).read_text()) for name in ("state.json", "manifest.json"))
-        content = json.dumps(state | values).encode()
+        content = json.dumps({key: value for key, value in (state | values).items() if key not in lacking}).encode()
         (place / "state.json").write_bytes(content)
         manifest["files"]["state.json"] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
         (place / "manifest.json").write_text(json.dumps(manifest))
@@ -108,7 +109,9 @@ def test_t6_every_generator_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     device = torch.Generator().manual_seed(5)
     pairs = {"cpu": (torch.get_rng_state, torch.set_rng_state), "cuda": (device.get_state, device.set_state)}
     monkeypatch.setattr(checkpoint, "generators", lambda: {name: pairs[name] for name in held})
-    place = checkpoint.save(tmp_path, *trained(), checkpoint.Saved(1, 7, {}))
+    run = trained()
+    torch.manual_seed(6)
+    place = checkpoint.save(tmp_path, *run, checkpoint.Saved(1, 7, {}))
     want = torch.rand(3), torch.rand(3, generator=device)
     if held == ["cpu"]:
         device.manual_seed(5)
@@ -118,6 +121,23 @@ def test_t6_every_generator_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     assert torch.equal(torch.rand(3), want[0])
     assert torch.equal(torch.rand(3, generator=device), want[1])
+
+
+def test_t6_a_checkpoint_that_lists_no_generators_has_the_processors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they were written before devices had theirs kept: one generator a rank, stored as `rng/RANK`."""
+    monkeypatch.setattr(checkpoint, "generators", lambda: {"cpu": (torch.get_rng_state, torch.set_rng_state)})
+    run = trained()
+    torch.manual_seed(6)
+    place = checkpoint.save(tmp_path, *run, checkpoint.Saved(1, 7, {}))
+    want = torch.rand(3)
+    _state("generators")(place)
+
+    checkpoint.load_(place, *trained())
+
+    assert torch.equal(torch.rand(3), want)
+    assert [name for path in place.glob("*.safetensors") for name in load_file(path) if "rng" in name] == ["rng/0"]
 
 
 def test_c3_no_pickle_is_written(place: Path) -> None:
@@ -146,6 +166,21 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(place: Path, monkeypatch: pyt
         checkpoint.save(place.parent, *trained(), checkpoint.Saved(2, 8, {}))
     assert [p.name for p in place.parent.iterdir()] == [place.name]
     assert {p.name: p.read_bytes() for p in place.iterdir()} == before
+
+
+def test_a_rank_that_cannot_write_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stopped torch's writer is told, in one line, without torch's own wrapping."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_files.HuggingFaceStorageWriter, "write_data", full)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.save(tmp_path, *trained(), checkpoint.Saved(1, 7, {}))
+
+    assert str(caught.value).startswith(
+        f"no checkpoint can be written under {tmp_path}: [Errno 28] No space left on device;"
+    )
 
 
 def test_a_folder_that_is_a_file_is_one_line(tmp_path: Path) -> None:

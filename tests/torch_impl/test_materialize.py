@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
+from ranks import Pools
 from safetensors.torch import load_file, save_file
 from small import write_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from torch_impl import DoraConfig, apply_dora
-from torch_impl.errors import DoraError, ModelFileError, NonFiniteError
-from torch_impl.materialize import materialize
+from torch_impl import DoraConfig, QuantConfig, apply_dora
+from torch_impl import materialize as start
+from torch_impl.errors import DoraError, ModelFileError, NonFiniteError, RankError
+from torch_impl.materialize import materialize, recompute_activations, stored_quant
 
 
 @pytest.fixture
@@ -64,6 +67,19 @@ def test_a_plain_model_loads_too(tmp_path: Path, kind: str) -> None:
     whole = AutoModelForCausalLM.from_pretrained(folder)
 
     assert torch.equal(materialize(folder, None).eval()(tokens).logits, whole.eval()(tokens).logits)
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [("llama", "model."), ("gpt2", "transformer.")])
+def test_a_checkpoint_of_the_model_without_its_head_loads(tmp_path: Path, kind: str, prefix: str) -> None:
+    """Its names lack the model's prefix, as GPT-2's own files do; the head is the embeddings'."""
+    folder = write_model(tmp_path / kind, kind=kind)
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    save_file({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+    assert same(materialize(folder, None), whole)
 
 
 def test_c2_a_checkpoint_that_bitsandbytes_packed_keeps_its_bytes(folder: Path) -> None:
@@ -159,3 +175,100 @@ def test_c3_bad_model_files_are_refused_in_one_line(folder: Path, name: str) -> 
     with pytest.raises(error, match=words) as caught:
         materialize(folder, DoraConfig(3, 6, quant="nf4"))
     assert "\n" not in str(caught.value)
+
+
+DTYPES = [
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool),
+    *(torch.uint8, torch.int8, torch.int32, torch.int64),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_stored_tensor_of_any_dtype_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Five values, one without an axis and none at all: masks and positions are stored in many dtypes."""
+    want = {
+        "five": torch.arange(5).to(dtype),
+        "one": torch.ones((), dtype=dtype),
+        "none": torch.ones(0, 3, dtype=dtype),
+    }
+    save_file(want, tmp_path / "model.safetensors")
+    model = nn.Module()
+    for name, tensor in want.items():
+        model.register_buffer(name, torch.zeros_like(tensor))
+    monkeypatch.setattr(start, "skeleton", lambda *_, **__: model)
+
+    got = dict(materialize(tmp_path, None).named_buffers())
+
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("flag", ["load_in_4bit", "_load_in_4bit"])
+@pytest.mark.parametrize(
+    ("more", "want"),
+    [
+        ({}, QuantConfig(nested=False, quant_storage=torch.uint8)),
+        (
+            {"bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": "bfloat16"},
+            QuantConfig(nested=True, quant_storage=torch.bfloat16),
+        ),
+    ],
+    ids=["defaults", "nested-bfloat16"],
+)
+def test_c2_how_a_checkpoint_is_packed_is_read(tmp_path: Path, flag: str, more: dict, want: QuantConfig) -> None:
+    """Under either name that transformers has given the flag, with bitsandbytes' own defaults where nothing is said."""
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {flag: True} | more}))
+
+    assert stored_quant(tmp_path) == want
+
+
+def test_what_cannot_be_adapted_is_refused_before_a_weight_is_read(folder: Path) -> None:
+    """A rank beyond one layer's sides ends the start at once, not after minutes of loading."""
+    begun: list[str] = []
+
+    with pytest.raises(RankError, match="rank 50 is larger than both sides"):
+        materialize(folder, DoraConfig(50, 50), note=begun.append)
+    assert begun == []
+
+
+class Older(nn.Module):
+    """A model of a transformers that knows the switch by its older name alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Linear(4, 4)
+        self.options: dict[str, bool] = {}
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, bool]) -> None:
+        """As transformers passes them on to torch."""
+        self.options = gradient_checkpointing_kwargs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The block, run again in the backward pass."""
+        return checkpoint(self.block, x, **self.options)
+
+
+def test_t5_a_recomputed_block_has_its_gradient_behind_frozen_embeddings() -> None:
+    """Under the older name as well; reentrant, torch would give none, since no input wants one."""
+    model = Older()
+
+    recompute_activations(model)
+    model(torch.ones(2, 4)).sum().backward()
+
+    assert torch.equal(model.block.weight.grad, torch.full((4, 4), 2.0))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("load", "rank_1_has"), [("rank0", "the weights"), ("each", "its own zeros")])
+def test_who_reads_the_weights(pools: Pools, tmp_path: Path, load: str, rank_1_has: str) -> None:
+    """Rank 0 alone, or each rank its own files: those of rank 1 hold zeros here."""
+    whole = load_file(write_model(tmp_path / "0", kind="gpt2") / "model.safetensors")
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in whole.items()}
+    write_model(tmp_path / "1", kind="gpt2")
+    save_file(zeros, tmp_path / "1" / "model.safetensors", metadata={"format": "pt"})
+
+    first, second = pools.run(2, "wires:materialized", folder=str(tmp_path), load=load)
+
+    assert all(torch.equal(first[name], whole[name]) for name in whole)
+    assert all(torch.equal(second[name], (whole if rank_1_has == "the weights" else zeros)[name]) for name in whole)

@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import math
+import resource
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,3 +178,13 @@ def test_the_parameter_that_is_not_finite_is_named() -> None:
 def test_four_names_are_said_and_the_others_counted(count: int, text: str) -> None:
     """Of four names one is left out, or of six the two others are not counted."""
     assert optim._some(list("abcdef")[:count]) == text
+
+
+@pytest.mark.parametrize(("platform", "peak"), [("freebsd14", 3072), ("darwin", 3)])
+def test_memory_is_told_in_bytes_without_proc(monkeypatch: pytest.MonkeyPatch, platform: str, peak: int) -> None:
+    """Where the system has no count of its own: `getrusage` counts in kibibytes, but on macOS in bytes."""
+    monkeypatch.setattr(Path, "is_file", lambda _: False)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=3))
+
+    assert optim.host_memory(peak=True) == peak

@@ -58,6 +58,17 @@ def test_float32_is_within_its_rounding_and_no_narrower() -> None:
     assert (error <= 300 * 2.0**-24 * (x.double().abs() @ W.double().abs().T)).all()
 
 
+@pytest.mark.parametrize(("dtype", "taken"), [(torch.float32, True), (torch.bfloat16, False)], ids=str)
+def test_float32_is_given_to_onednn(dtype: torch.dtype, *, taken: bool) -> None:
+    """Its speed is what the product is for; torch gives bfloat16 to it without being asked."""
+    x, W = torch.ones(9, 33, dtype=dtype), torch.ones(5, 33, dtype=dtype)
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        product(x, W)
+
+    assert any(event.name == "mkldnn::_linear_pointwise" for event in profile.events()) is taken
+
+
 def test_gradients_are_torchs_own() -> None:
     """OneDNN's operator has none; where autograd records, torch's product is taken."""
     x, W = torch.randn(3, 4, requires_grad=True), torch.randn(2, 4)

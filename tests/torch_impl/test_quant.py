@@ -85,6 +85,18 @@ def test_s6_casting_the_model_leaves_bytes_and_state_alone(move: str) -> None:
     assert torch.equal(layer.base.decode(layer.base.weight, dtype=torch.float32), before)
 
 
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+def test_s6_bytes_and_state_move_together(*, nested: bool) -> None:
+    """To another device go the packed bytes and all that decodes them, and nothing of it trains there."""
+    config = DoraConfig(rank=2, alpha=4, quant=QuantConfig(nested=nested))
+    base = apply_dora(nn.Sequential(nn.Linear(66, 65)), config)[0].base
+
+    base.to("meta")
+
+    assert all(tensor.is_meta for tensor in (base.weight, *base.buffers()))
+    assert not base.weight.requires_grad
+
+
 def test_s6_copies_and_state_dicts_carry_the_bytes() -> None:
     """A deep copy and a loaded state dict decode to the same weight."""
     torch.manual_seed(0)

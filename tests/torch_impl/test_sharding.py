@@ -8,25 +8,34 @@ from torch_impl import ShardConfig, sharding
 
 pytestmark = pytest.mark.distributed
 
+WIRES = {
+    "weight": "torch.bfloat16",
+    "adapter": ["torch.float32"] * 3,
+    "gradients": ["torch.float32"],
+    "rounded": False,
+}
+"""With param_dtype and reduce_dtype bf16: gradients of A, B and m are reduced in float32 as well."""
+
 
 @pytest.mark.parametrize("strategy", ["fsdp1", "fsdp1-orig", "fsdp2"])
 def test_d11_param_dtype_never_reaches_the_adapter(pools: Pools, strategy: str) -> None:
     """With param_dtype bf16 the dense weight arrives in bf16; A, B, m and their gradients stay float32."""
-    answers = pools.run(2, "wires:dtypes", strategy=strategy, packed=False)
-
-    assert (
-        answers == [{"weight": "torch.bfloat16", "adapter": ["torch.float32"] * 3, "gradients": ["torch.float32"]}] * 2
-    )
+    assert pools.run(2, "wires:dtypes", strategy=strategy, packed=False) == [WIRES] * 2
 
 
 @pytest.mark.parametrize("strategy", ["fsdp1", "fsdp1-orig", "fsdp2"])
 def test_s6_param_dtype_never_reaches_packed_bytes(pools: Pools, strategy: str) -> None:
     """Bytes arrive in their storage dtype, bit for bit."""
-    answers = pools.run(2, "wires:dtypes", strategy=strategy, packed=True)
+    assert pools.run(2, "wires:dtypes", strategy=strategy, packed=True) == [WIRES] * 2
 
-    assert (
-        answers == [{"weight": "torch.bfloat16", "adapter": ["torch.float32"] * 3, "gradients": ["torch.float32"]}] * 2
-    )
+
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp1-orig", "fsdp2"])
+@pytest.mark.parametrize("own", [True, False], ids=["own-norm", "blocks-alone"])
+def test_param_dtype_is_that_of_the_norms(pools: Pools, strategy: str, *, own: bool) -> None:
+    """What is left in blocks and in the root arrives in bf16, and so do their inputs, whoever holds parameters."""
+    answers = pools.run(2, "wires:norms", strategy=strategy, own=own)
+
+    assert answers == [[("torch.bfloat16", "torch.bfloat16")] * (3 if own else 2)] * 2
 
 
 @pytest.mark.parametrize("strategy", ["fsdp1", "fsdp1-orig", "fsdp2"])

@@ -1,6 +1,7 @@
 """Run by ranks: dtypes on the wire, the neutral start, shards after evaluation, and refusals."""
 
 import dataclasses
+from pathlib import Path
 
 import onehot
 import torch
@@ -18,6 +19,7 @@ from torch_impl import (
     merge_adapter,
     shard_model,
 )
+from torch_impl.materialize import materialize
 
 BF16 = torch.bfloat16
 
@@ -37,7 +39,7 @@ def _seen_by_products(model: nn.Module) -> list[tuple[torch.Tensor, ...]]:
 
 
 def dtypes(*, rank: int, world: int, strategy: str, packed: bool) -> dict[str, object]:
-    """The dtypes that arrive in a product, and those of the gradients, under param_dtype bf16."""
+    """Dtypes in a product and of gradients, and whether one was rounded to bf16, with bf16 on the wire."""
     del rank, world
     case = Stack(compute_dtype=BF16, quant=QuantConfig() if packed else None)
     bits = [layer.base.weight.detach().clone() for layer in build(case).layers]
@@ -46,8 +48,50 @@ def dtypes(*, rank: int, world: int, strategy: str, packed: bool) -> dict[str, o
     model(torch.randn(4, 66)).sum().backward()
     weight, _, *adapter, _ = seen[0]
     assert torch.equal(weight.view(torch.int16), bits[0].to(BF16).view(torch.int16))
-    gradients = {str(s.tensor.dtype) for s in local_shards(model) if s.kind == "gradient"}
-    return {"weight": str(weight.dtype), "adapter": [str(t.dtype) for t in adapter], "gradients": sorted(gradients)}
+    gradients = [shard.tensor for shard in local_shards(model) if shard.kind == "gradient"]
+    return {
+        "weight": str(weight.dtype),
+        "adapter": [str(tensor.dtype) for tensor in adapter],
+        "gradients": sorted({str(gradient.dtype) for gradient in gradients}),
+        "rounded": any(torch.equal(part, part.to(BF16).float()) for part in gradients if part.numel()),
+    }
+
+
+class _Block(nn.Module):
+    """A norm and what trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One after the other."""
+        return self.linear(self.norm(x))
+
+
+class _Blocks(nn.Module):
+    """Two blocks, and a norm of the model's own behind them or none."""
+
+    def __init__(self, last: nn.Module) -> None:
+        super().__init__()
+        self.blocks, self.last = nn.ModuleList([_Block(), _Block()]), last
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One after the other."""
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+def norms(*, rank: int, world: int, strategy: str, own: bool) -> list[tuple[str, str]]:
+    """The dtypes of each norm's input and weight where a float32 model is run with param_dtype bf16."""
+    del rank, world
+    model = apply_dora(_Blocks(nn.LayerNorm(6) if own else nn.Identity()), DoraConfig(2, 4, compute_dtype=BF16))
+    found: list[tuple[str, str]] = []
+    for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
+        norm.register_forward_pre_hook(lambda norm, x: found.append((str(x[0].dtype), str(norm.weight.dtype))))
+    shard_model(model, ShardConfig(strategy=strategy, param_dtype=BF16))(torch.ones(3, 6))
+    return found
 
 
 def neutral_start(*, rank: int, world: int, strategy: str) -> list[bool]:
@@ -126,3 +170,10 @@ def trained_names(*, rank: int, world: int, strategy: str) -> set[str]:
     del rank, world
     model = shard_model(build(Stack()), ShardConfig(strategy=strategy))
     return {name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def materialized(*, rank: int, world: int, folder: str, load: str) -> dict[str, torch.Tensor]:
+    """The parameters of the plain model that this rank starts from the folder of its number."""
+    del world
+    model = materialize(Path(folder) / str(rank), None, load=load)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
