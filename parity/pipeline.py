@@ -99,7 +99,9 @@ class Pipeline:
         Networks keep it busy for long: all that a case before them needs is asked for first.
         """
         waiting = [(case, implementation, self._ask(case, implementation)) for case, implementation in assignments]
-        for case, implementation, predictions in waiting:
+        for place, (case, implementation, predictions) in enumerate(waiting):
+            if isinstance(case, NetworkCase):  # large: idle ranks of other worlds would be in its way
+                self._pools.keep({1, *(later.world for later, *_ in waiting[place:])})
             yield self._run_case(case, implementation, predictions)
 
     def ran(self) -> list[str]:

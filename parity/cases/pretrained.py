@@ -40,7 +40,9 @@ def pretrained_cases(tier: str) -> list[NetworkCase]:
 def _case(**fields: Any) -> NetworkCase:
     clauses = (*LAYER, *(("Q4", "Q6", "D6", "S6") if fields["base"] == "nf4" else ()))
     sharded = fields.get("strategy", UNSHARDED) != UNSHARDED
-    clauses += tuple(clause for clause in SHARDED if clause != "S7") if sharded else ()  # stacks show units and order
+    # stacks show units and their order; where it stands is a parameter's, and link 3 compares gradients
+    elsewhere = ("S7", "S1") if fields["inputs"] == "text" else ("S7",)
+    clauses += tuple(clause for clause in SHARDED if clause not in elsewhere) if sharded else ()
     return NetworkCase(rank=8, alpha=12.0, tokens=128, clauses=clauses, **fields)
 
 

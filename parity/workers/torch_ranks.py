@@ -7,6 +7,7 @@ import datetime as dt
 import multiprocessing
 import os
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, Self
 
@@ -75,6 +76,11 @@ class Pools:
         if world not in self._pools:
             self._pools[world] = self._pool(world)
         return [answer for (answer,) in self._pools[world].call(job, _one_answer, seconds=seconds)]
+
+    def keep(self, worlds: Container[int]) -> None:
+        """End the ranks of all other worlds, which hold memory while they wait."""
+        for world in [world for world in self._pools if world not in worlds]:
+            self._pools.pop(world).close()
 
     def _pool(self, world: int) -> Workers:
         memory = rank_memory(world) if self._options["device"] == "cpu" else None  # CUDA maps its own into the process
