@@ -43,7 +43,7 @@ class Step:
         """As `warm.run` takes it."""
         if self.kind == "case":
             return ["parity", "run", "--fail-fast", "-k", *self.arguments]
-        marks = "not long and not distributed" if self.kind == "test" else "not long"
+        marks = "not long and not distributed and not timed" if self.kind == "test" else "not long and not timed"
         return ["pytest", "-m", marks, *self.arguments]
 
     def narrowed(self, chart: Chart, mutant: Mutant) -> "Step":

@@ -131,6 +131,18 @@ def test_c1_magnitudes_go_by_many_names(tmp_path, end):
     assert_same(adapter_files.read_adapter(tmp_path)[0], adapters())
 
 
+def test_c1_what_a_configuration_leaves_out_is_the_default(tmp_path):
+    """No word of biases, of a plain scaling or of the base model is read as peft would read it."""
+    adapter_files.write_adapter(tmp_path, adapters(), CONFIG)
+    path = tmp_path / adapter_files.CONFIG
+    kept = {"peft_type", "use_dora", "r", "lora_alpha", "target_modules"}
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key in kept}))
+
+    config = adapter_files.read_adapter(tmp_path)[1]
+
+    assert config == adapter_files.AdapterConfig(CONFIG.rank, CONFIG.alpha, rank_stabilized=False, base_model=None)
+
+
 def test_c1_every_fault_is_listed(tmp_path):
     """Missing, extra, misshapen: all stand in one error."""
     adapter_files.write_adapter(tmp_path, adapters(), CONFIG)

@@ -261,6 +261,7 @@ def test_what_is_found_of_peft_is_what_happens(pools: Pools, name: str) -> None:
     assert any(message in text or (leaves and "IndexError" in text) for text in found)
 
 
+@pytest.mark.timed
 def test_405b_on_16384_ranks_in_ten_seconds_and_a_gigabyte(tmp_path: Path) -> None:
     """The command answers from a config.json alone, under every strategy, in bounded time and memory."""
     config = LlamaConfig(
