@@ -111,10 +111,11 @@ def test_c1_peft_reads_what_is_written(tmp_path):
 
 
 def test_c1_reads_what_it_writes(tmp_path):
-    """Every bit and the configuration come back."""
-    adapter_files.write_adapter(tmp_path, adapters(), CONFIG)
+    """Every bit and the configuration come back, from a folder that was there or is made."""
+    for folder in (tmp_path / "new" / "folder", tmp_path / "new"):
+        adapter_files.write_adapter(folder, adapters(), CONFIG)
 
-    got, config = adapter_files.read_adapter(tmp_path)
+    got, config = adapter_files.read_adapter(folder)
 
     assert_same(got, adapters())
     assert config == CONFIG
