@@ -94,6 +94,25 @@ def norms(*, rank: int, world: int, strategy: str, own: bool) -> list[tuple[str,
     return found
 
 
+def rounded(*, rank: int, world: int, strategy: str) -> dict[str, set[bool]]:
+    """Whether bf16 holds the gradients of norms that train, and of adapters, with reduce_dtype bf16 alone."""
+    del rank, world
+    torch.manual_seed(3)
+    model = apply_dora(_Blocks(nn.LayerNorm(6)), DoraConfig(2, 4))
+    for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
+        norm.requires_grad_(True)
+    for layer in (module for module in model.modules() if isinstance(module, DoraLinear)):
+        nn.init.normal_(layer.lora_B)
+    model = shard_model(model, ShardConfig(strategy=strategy, reduce_dtype=BF16))
+    model(torch.randn(3, 6)).square().sum().backward()
+    found: dict[str, set[bool]] = {"norm": set(), "adapter": set()}
+    for shard in local_shards(model):
+        if shard.kind == "gradient" and shard.tensor.numel():
+            of = "adapter" if "linear" in shard.name else "norm"
+            found[of].add(torch.equal(shard.tensor, shard.tensor.to(BF16).float()))
+    return found
+
+
 def neutral_start(*, rank: int, world: int, strategy: str) -> list[bool]:
     """For dense and packed, float32 and bf16: whether y is exactly the base's product, so that c was exactly 1."""
     del rank, world
