@@ -70,15 +70,15 @@ class _Block(nn.Module):
 
 
 class _Blocks(nn.Module):
-    """Two blocks, and a norm of the model's own behind them or none."""
+    """Two blocks in a list whose name begins as private ones do, and a norm of the model's own behind them or none."""
 
     def __init__(self, last: nn.Module) -> None:
         super().__init__()
-        self.blocks, self.last = nn.ModuleList([_Block(), _Block()]), last
+        self._blocks, self.last = nn.ModuleList([_Block(), _Block()]), last
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """One after the other."""
-        for block in self.blocks:
+        for block in self._blocks:
             x = block(x)
         return self.last(x)
 
