@@ -23,7 +23,7 @@ _OPPOSITE: dict[type, type] = {
 }  # fmt: skip
 _WORD = re.compile(r"[\w.:/*-]+")
 _MESSAGES = {"hint", "message", "help", "description", "reason"}
-_LOGGING = {"warn", "print", "note", "timed", "debug", "info", "warning", "error", "exception", "log"}
+_LOGGING = {"warn", "print", "note", "timed", "shorten", "debug", "info", "warning", "error", "exception", "log"}
 _DESCRIBING = {"__repr__", "__str__", "extra_repr", "__init_subclass__"}
 _KEPT_DECORATORS = {"property", "staticmethod", "classmethod", "setter", "dataclass", "overload", "abstractmethod"}
 _TYPES = {"tuple", "list", "dict", "set", "frozenset", "type", "cast", "TypeVar", "NewType"}

@@ -4,11 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+import warm
 from chart import Chart
 from copies import Copy
 from operators import mutants_of
 from report import Report, read_equivalents
-from trials import Outcome, Step, append_outcome, plan, read_outcomes
+from trials import Outcome, Step, Trials, append_outcome, plan, read_outcomes
+from warm import Ending
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -130,6 +132,24 @@ def test_a_line_that_the_map_lacks_has_all_tests():
     (mutant,) = mutants_of("file.py", b"x = 1\n")
 
     assert Step("test", ("a.py",)).narrowed(Chart(), mutant) == Step("test", ("a.py",))
+
+
+@pytest.mark.parametrize(
+    ("again", "killed_by"),
+    [(Ending(0, 300, ""), ""), (Ending(1, 300, ""), "test"), (Ending(None, 420, ""), "time")],
+    ids=["passes", "fails", "hangs"],
+)
+def test_what_ran_out_of_time_is_tried_again_at_todays_pace(project, monkeypatch, again, killed_by):
+    """A mutant counts as hung because the machine has become slower since its tests were measured."""
+    endings = iter([Ending(0, 10, ""), Ending(None, 60, ""), Ending(0, 100, ""), again])
+    limits = []
+    monkeypatch.setattr(warm, "run", lambda *_, seconds, **__: limits.append(seconds) or next(endings))
+    (mutant,) = mutants_of("file.py", (project.folder / "file.py").read_bytes())
+
+    became = Trials(project, {"file.py": [Step("ranks", ("a.py",))]}, Chart()).try_mutant(mutant)
+
+    assert became.killed_by == killed_by
+    assert limits == [600, 60, 600, 420]
 
 
 @pytest.mark.parametrize("path", plan(HERE / "plan.toml"))

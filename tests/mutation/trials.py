@@ -3,7 +3,7 @@
 `plan.toml` says for each source file which cases and which tests cover it. They run in this order until one of them
 fails: the mutant is killed then. Where there is a map, of the tests only those that run the line are taken, quickest
 first. Each step first has to pass, once, where nothing is wrong; that also says how long it may take before it counts
-as hung, which kills too.
+as hung, which kills too; but only if it does so again after the step was measured anew, as machines become busy.
 """
 
 import json
@@ -113,14 +113,21 @@ class Trials:
         spent = 0.0
         for whole in self._ordered(mutant.file):
             step = whole.narrowed(self.chart, mutant)
-            limit = _SLOWER * self._seconds_without(step) + _EXTRA_SECONDS
-            with self.copy.with_mutant(mutant):
-                ending = warm.run(step.command, folder=self.copy.folder, seconds=limit, compile_files=False)
+            ending = self._with(mutant, step, self._seconds_without(step))
             spent += ending.seconds
+            if ending.code is None:
+                ending = self._with(mutant, step, self._measured(step))
+                spent += ending.seconds
             if ending.code != 0:
                 killed_by = "time" if ending.code is None else "case" if step.kind == "case" else "test"
                 return _outcome(mutant, killed_by=killed_by, step=step, seconds=spent)
         return _outcome(mutant, killed_by="", step=None, seconds=spent)
+
+    def _with(self, mutant: Mutant, step: Step, seconds_without: float) -> warm.Ending:
+        """Run a step where the mutant is."""
+        limit = _SLOWER * seconds_without + _EXTRA_SECONDS
+        with self.copy.with_mutant(mutant):
+            return warm.run(step.command, folder=self.copy.folder, seconds=limit, compile_files=False)
 
     def _ordered(self, file: str) -> list[Step]:
         kinds = ("test", "case", "ranks") if self.tests_first else ("case", "test", "ranks")
@@ -128,14 +135,17 @@ class Trials:
 
     def _seconds_without(self, step: Step) -> float:
         """How long the step takes where nothing is wrong; the tests of a map have passed when it was made."""
-        if self.chart.knows(step.arguments):
+        if step not in self._seconds and self.chart.knows(step.arguments):
             return self.chart.seconds(step.arguments)
-        if step not in self._seconds:
-            ending = warm.run(step.command, folder=self.copy.folder, seconds=600.0, compile_files=True)
-            if ending.code != 0:
-                raise PlanFailsError(f"{' '.join(step.command)[:200]} ends with {ending.code}:\n{ending.said}")
-            self._seconds[step] = ending.seconds
-        return self._seconds[step]
+        return self._seconds[step] if step in self._seconds else self._measured(step)
+
+    def _measured(self, step: Step) -> float:
+        """How long it takes now."""
+        ending = warm.run(step.command, folder=self.copy.folder, seconds=600.0, compile_files=True)
+        if ending.code != 0:
+            raise PlanFailsError(f"{' '.join(step.command)[:200]} ends with {ending.code}:\n{ending.said}")
+        self._seconds[step] = ending.seconds
+        return ending.seconds
 
 
 def _outcome(mutant: Mutant, *, killed_by: str, step: Step | None, seconds: float) -> Outcome:

@@ -111,10 +111,11 @@ def test_c1_peft_reads_what_is_written(tmp_path):
 
 
 def test_c1_reads_what_it_writes(tmp_path):
-    """Every bit and the configuration come back."""
-    adapter_files.write_adapter(tmp_path, adapters(), CONFIG)
+    """Every bit and the configuration come back, from a folder that was there or is made."""
+    for folder in (tmp_path / "new" / "folder", tmp_path / "new"):
+        adapter_files.write_adapter(folder, adapters(), CONFIG)
 
-    got, config = adapter_files.read_adapter(tmp_path)
+    got, config = adapter_files.read_adapter(folder)
 
     assert_same(got, adapters())
     assert config == CONFIG
@@ -129,6 +130,18 @@ def test_c1_magnitudes_go_by_many_names(tmp_path, end):
     save_file(renamed, tmp_path / adapter_files.WEIGHTS)
 
     assert_same(adapter_files.read_adapter(tmp_path)[0], adapters())
+
+
+def test_c1_what_a_configuration_leaves_out_is_the_default(tmp_path):
+    """No word of biases, of a plain scaling or of the base model is read as peft would read it."""
+    adapter_files.write_adapter(tmp_path, adapters(), CONFIG)
+    path = tmp_path / adapter_files.CONFIG
+    kept = {"peft_type", "use_dora", "r", "lora_alpha", "target_modules"}
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key in kept}))
+
+    config = adapter_files.read_adapter(tmp_path)[1]
+
+    assert config == adapter_files.AdapterConfig(CONFIG.rank, CONFIG.alpha, rank_stabilized=False, base_model=None)
 
 
 def test_c1_every_fault_is_listed(tmp_path):

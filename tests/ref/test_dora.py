@@ -47,6 +47,11 @@ def test_d1_scaling(*, rank_stabilized: bool, want: float) -> None:
     assert dora.scaling(8.0, 4, rank_stabilized=rank_stabilized) == want
 
 
+def test_d1_a_rank_of_one_is_the_least() -> None:
+    """A product of a column and a row has a scaling as any other."""
+    assert dora.scaling(8.0, 1) == dora.scaling(8.0, 1, rank_stabilized=True) == 8.0
+
+
 @pytest.mark.parametrize(("alpha", "rank"), [(0.0, 4), (-1.0, 4), (math.nan, 4), (math.inf, 4), (8.0, 0)])
 def test_d1_scaling_refuses(alpha: float, rank: int) -> None:
     """A scaling that would be zero, undefined or not finite is refused."""

@@ -112,6 +112,19 @@ def directions() -> dict[str, tuple[Array, Adapter]]:
     return along | {"x": (normal(TOKENS, IN, seed=6), zeros[1])}
 
 
+def test_d7_the_surrogate_is_zero_where_the_norm_is() -> None:
+    """There alone: a norm of one gives twice what a norm of two does, whatever the other rows' are."""
+    norms_O = jnp.ones(OUT).at[0].set(0)
+
+    y_TO = gradients.surrogate(X, W, ADAPTER, n_O=norms_O, scaling=S)
+    half_TO = gradients.surrogate(X, W, ADAPTER, n_O=norms_O + 1, scaling=S)
+
+    assert not y_TO[:, 0].any()
+    assert half_TO[:, 0].all()
+    assert jnp.array_equal(y_TO[:, 1:], 2 * half_TO[:, 1:])
+    assert y_TO[:, 1:].all()
+
+
 @MASKS
 @pytest.mark.parametrize("field", FIELDS)
 def test_g2_closed_form_equals_a_complex_step_of_the_surrogate(field: str, mask_TI: Array | None) -> None:

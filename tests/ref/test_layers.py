@@ -325,6 +325,13 @@ def test_d12_initial_factors_are_distributed_as_pefts():
     assert 0.95 * limit < float(theirs.abs().max()) <= limit
 
 
+def test_d12_one_group_is_what_is_meant_where_none_is_named():
+    """The factors of a linear layer or of an ungrouped convolution have R rows and R columns."""
+    lora_A, lora_B = layers.initial_factors(jax.random.key(0), (6, 4), rank=2)
+
+    assert (lora_A.shape, lora_B.shape) == ((2, 4), (6, 2))
+
+
 def test_d12_initial_embedding_factors():
     """An embedding's A is zero and its B normal: the other way round."""
     lora_A, lora_B = layers.initial_embedding_factors(jax.random.key(0), (9, 5), rank=2)

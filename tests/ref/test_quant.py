@@ -462,6 +462,19 @@ def test_q5_bnb_cuda_is_bnb_cpu_in_whole_nf4_blocks(scale):
     assert encode(values, profile="bnb-cuda")[0].tolist() == encode(values, profile="bnb-cpu")[0].tolist()
 
 
+def test_q5_bnb_cuda_fp4_is_divided_in_the_middle():
+    """A millionth beside the middle of two of FP4's magnitudes, each value has the code of the nearer."""
+    code = FP4_CODE[:8]
+    magnitudes = np.sort(code)
+    middles = (magnitudes[1:] + magnitudes[:-1]) / 2
+    values = np.concatenate([[1.0], middles - 1e-6, middles + 1e-6, [0.0]]).astype(np.float32)[None]
+
+    packed, _ = encode(values, profile="bnb-cuda", quant_type="fp4")
+
+    nibbles = np.stack([packed.ravel() >> 4, packed.ravel() & 15], axis=1).ravel()
+    assert code[nibbles].tolist() == [1.0, *magnitudes[:-1], *magnitudes[1:], 0.0]
+
+
 def test_q5_bnb_cuda_fp4_keeps_signs():
     """A sign bit and a magnitude: small positive values get code 0 and small negative ones code 8."""
     packed, _ = encode(np.array([[1.0, 1e-4, -1e-4, -1.0]], np.float32), profile="bnb-cuda", quant_type="fp4")

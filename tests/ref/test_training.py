@@ -30,6 +30,11 @@ def test_s3_token_mean_loss_of_unequal_ranks() -> None:
     assert float(mean) == 4.0
 
 
+def test_s3_the_mean_of_one_token_is_its_loss() -> None:
+    """One token of all ranks' is enough for a mean."""
+    assert float(training.token_mean_loss(jnp.asarray([3.0]), total_tokens=1)) == 3.0
+
+
 def test_s5_gradient_norm_is_over_all_shards() -> None:
     """The norm over all shards of all ranks is that of the whole, not of one shard."""
     shards = {"rank0": [jnp.asarray([[3.0, 0.0]])], "rank1": [jnp.asarray([4.0]), jnp.zeros((0, 2))]}

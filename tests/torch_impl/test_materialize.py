@@ -82,6 +82,17 @@ def test_a_checkpoint_of_the_model_without_its_head_loads(tmp_path: Path, kind: 
     assert same(materialize(folder, None), whole)
 
 
+def test_a_tied_weight_is_read_under_either_name(tmp_path: Path) -> None:
+    """A checkpoint that names the output head, and not the embeddings that it is tied to, holds both."""
+    folder = write_model(tmp_path / "gpt2", kind="gpt2")
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
+    save_file(tensors, folder / "model.safetensors")
+
+    assert same(materialize(folder, None), whole)
+
+
 def test_c2_a_checkpoint_that_bitsandbytes_packed_keeps_its_bytes(folder: Path) -> None:
     """A four-bit checkpoint as transformers writes it loads into the same layers as packing on arrival."""
     files = sorted(folder.glob("*.safetensors"))

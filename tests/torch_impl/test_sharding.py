@@ -39,6 +39,12 @@ def test_param_dtype_is_that_of_the_norms(pools: Pools, strategy: str, *, own: b
 
 
 @pytest.mark.parametrize("strategy", ["fsdp1", "fsdp1-orig", "fsdp2"])
+def test_reduce_dtype_is_that_of_norms_that_train(pools: Pools, strategy: str) -> None:
+    """Where it is given alone, norms' gradients are reduced in bf16 and adapters' in float32."""
+    assert pools.run(2, "wires:rounded", strategy=strategy) == [{"norm": {True}, "adapter": {False}}] * 2
+
+
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp1-orig", "fsdp2"])
 def test_d12_neutral_start_holds_after_sharding(pools: Pools, strategy: str) -> None:
     """With B = 0 every c is exactly 1 on every rank, and y is the base's product, dense and packed."""
     assert pools.run(3, "wires:neutral_start", strategy=strategy) == [[True] * 4] * 3

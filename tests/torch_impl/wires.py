@@ -70,15 +70,15 @@ class _Block(nn.Module):
 
 
 class _Blocks(nn.Module):
-    """Two blocks, and a norm of the model's own behind them or none."""
+    """Two blocks in a list whose name begins as private ones do, and a norm of the model's own behind them or none."""
 
     def __init__(self, last: nn.Module) -> None:
         super().__init__()
-        self.blocks, self.last = nn.ModuleList([_Block(), _Block()]), last
+        self._blocks, self.last = nn.ModuleList([_Block(), _Block()]), last
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """One after the other."""
-        for block in self.blocks:
+        for block in self._blocks:
             x = block(x)
         return self.last(x)
 
@@ -91,6 +91,25 @@ def norms(*, rank: int, world: int, strategy: str, own: bool) -> list[tuple[str,
     for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
         norm.register_forward_pre_hook(lambda norm, x: found.append((str(x[0].dtype), str(norm.weight.dtype))))
     shard_model(model, ShardConfig(strategy=strategy, param_dtype=BF16))(torch.ones(3, 6))
+    return found
+
+
+def rounded(*, rank: int, world: int, strategy: str) -> dict[str, set[bool]]:
+    """Whether bf16 holds the gradients of norms that train, and of adapters, with reduce_dtype bf16 alone."""
+    del rank, world
+    torch.manual_seed(3)
+    model = apply_dora(_Blocks(nn.LayerNorm(6)), DoraConfig(2, 4))
+    for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
+        norm.requires_grad_(True)
+    for layer in (module for module in model.modules() if isinstance(module, DoraLinear)):
+        nn.init.normal_(layer.lora_B)
+    model = shard_model(model, ShardConfig(strategy=strategy, reduce_dtype=BF16))
+    model(torch.randn(3, 6)).square().sum().backward()
+    found: dict[str, set[bool]] = {"norm": set(), "adapter": set()}
+    for shard in local_shards(model):
+        if shard.kind == "gradient" and shard.tensor.numel():
+            of = "adapter" if "linear" in shard.name else "norm"
+            found[of].add(torch.equal(shard.tensor, shard.tensor.to(BF16).float()))
     return found
 
 
