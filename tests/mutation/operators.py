@@ -1,8 +1,8 @@
 """The mutants of a source text: small wrong changes that a test or a case should notice.
 
 Arithmetic, comparisons, boolean operators, constants and slices are changed; statements and decorators are dropped.
-Left alone is what no test should judge: docstrings, messages (what is raised, logged, warned of or printed, f-strings,
-`__repr__`), type annotations and aliases, assertions, dataclass decorators, `__all__`.
+Left alone is what no test should judge: docstrings, messages (what is raised, logged, warned of, printed or shortened,
+f-strings, `__repr__`), type annotations and aliases, assertions, dataclass decorators, `__all__`.
 """
 
 import ast

@@ -85,6 +85,16 @@ def test_d4_norm_neither_overflows_nor_underflows(dtype: type, size: float) -> N
     assert dora.weight_norm(row_1K).tolist() == [2 * float(row_1K[0, 0])]
 
 
+def test_d4_rows_are_divided_by_a_power_of_two() -> None:
+    """Which rounds nothing; and it is so near that the quotient stays far from both ends of the range."""
+    largest_O = jnp.asarray([0.3, 1.0, 1.4, 1.75, 3.0, 7.9, 1e-30, 1e30], jnp.float32)
+
+    power_O = dora.power_of_two(largest_O)
+
+    assert {math.frexp(power)[0] for power in power_O.tolist()} == {0.5}
+    assert bool(jnp.all((largest_O / power_O >= 0.5) & (largest_O / power_O <= 2)))
+
+
 @DTYPES
 def test_d4_norm_is_zero_only_for_zeros(dtype: type) -> None:
     """A row with one smallest normal number in it has a norm above 0."""

@@ -39,6 +39,21 @@ def test_param_dtype_is_that_of_the_norms(pools: Pools, strategy: str, *, own: b
 
 
 @pytest.mark.parametrize("strategy", ["fsdp1", "fsdp1-orig", "fsdp2"])
+def test_s7_the_units_are_base_bias_adapter_block_and_root(pools: Pools, strategy: str) -> None:
+    """Each block's norms are gathered by themselves, not the whole model's at once."""
+    layers = [f"_blocks.{block}.linear" for block in range(2)]
+    want = {
+        "",
+        "_blocks.0",
+        "_blocks.1",
+        *layers,
+        *(f"{layer}.{part}" for layer in layers for part in ("base", "bias")),
+    }
+
+    assert pools.run(2, "wires:units", strategy=strategy) == [want] * 2
+
+
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp1-orig", "fsdp2"])
 def test_reduce_dtype_is_that_of_norms_that_train(pools: Pools, strategy: str) -> None:
     """Where it is given alone, norms' gradients are reduced in bf16 and adapters' in float32."""
     assert pools.run(2, "wires:rounded", strategy=strategy) == [{"norm": {True}, "adapter": {False}}] * 2

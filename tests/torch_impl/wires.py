@@ -7,6 +7,7 @@ import onehot
 import torch
 from onehot import Evidence, Stack, build
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from torch_impl import (
     DoraConfig,
@@ -20,6 +21,7 @@ from torch_impl import (
     shard_model,
 )
 from torch_impl.materialize import materialize
+from torch_impl.shards import unwrapped_name
 
 BF16 = torch.bfloat16
 
@@ -92,6 +94,16 @@ def norms(*, rank: int, world: int, strategy: str, own: bool) -> list[tuple[str,
         norm.register_forward_pre_hook(lambda norm, x: found.append((str(x[0].dtype), str(norm.weight.dtype))))
     shard_model(model, ShardConfig(strategy=strategy, param_dtype=BF16))(torch.ones(3, 6))
     return found
+
+
+def units(*, rank: int, world: int, strategy: str) -> set[str]:
+    """The names of the modules that are units; the model itself has none."""
+    del rank, world
+    model = shard_model(apply_dora(_Blocks(nn.LayerNorm(6)), DoraConfig(2, 4)), ShardConfig(strategy=strategy))
+    found = (
+        name for name, module in model.named_modules() if isinstance(module, FSDPModule | FullyShardedDataParallel)
+    )
+    return {unwrapped_name(name) for name in found}
 
 
 def rounded(*, rank: int, world: int, strategy: str) -> dict[str, set[bool]]:
