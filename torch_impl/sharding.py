@@ -16,6 +16,7 @@ The rule of the units (S7), named "base, bias, adapter, block, root". S2's layou
     the model          what is left: embeddings, last norm, output head      param_dtype
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import cast
@@ -131,7 +132,14 @@ def _mesh(device: str, config: ShardConfig) -> DeviceMesh:
     if config.strategy not in REPLICATED:
         return init_device_mesh(device, (world_size,))
     size = shard_size(config, world_size=world_size)
-    return init_device_mesh(device, (world_size // size, size), mesh_dim_names=("replica", "shard"))
+    return _rows(device, (world_size // size, size), of=distributed.group.WORLD)
+
+
+@functools.lru_cache
+def _rows(device: str, shape: tuple[int, int], *, of: object) -> DeviceMesh:
+    """Replicas of rows, made once in a process group: each mesh makes groups, with threads that nothing ends."""
+    del of
+    return init_device_mesh(device, shape, mesh_dim_names=("replica", "shard"))
 
 
 def _flat_wrap(model: nn.Module, config: ShardConfig) -> Wrap:

@@ -26,6 +26,7 @@ from parity.oracle.prediction import LayoutQuestion, Layouts, Predictions
 from parity.workers.answers import pack_answers, pack_trusted, unpack_answers, unpack_trusted
 from parity.workers.child import life, serve
 from parity.workers.group import Seat, Workers
+from parity.workers.memory import give_back
 from parity.workers.ran import Ran
 from parity.workers.refusing import what_is_said, why_refused
 from parity.workers.wire import Packed
@@ -140,7 +141,9 @@ def _predict(question: Question, model: Path | None) -> Predictions:
         case NetworkCase() as case:
             from parity.oracle.network import predict_network  # noqa: PLC0415
 
-            return predict_network(case, model, dict(question.offsets))
+            predictions = predict_network(case, model, dict(question.offsets))
+            give_back()
+            return predictions
         case MergeCase() | ExchangeCase() as case:
             return _predict_files(case)
         case StartCase() as case:

@@ -11,15 +11,16 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any, Self
 
-from parity.case import RefuseCase
+from parity.case import NetworkCase, RefuseCase
 from parity.errors import NoAnswer
 from parity.job import Job, Place, RankAnswer, declared
 from parity.workers.answers import bounded, pack_answers, unpack_answers
 from parity.workers.child import life, serve
 from parity.workers.folders import own_folder
 from parity.workers.group import Seat, Workers, kill_fork_server
-from parity.workers.memory import rank_memory
+from parity.workers.memory import give_back, rank_memory
 from parity.workers.refusing import what_is_said, why_refused
+from parity.workers.wire import Packed
 
 _PRELOADED = (
     "torch",
@@ -117,7 +118,14 @@ def rank_main(seat: Seat) -> None:
     )
     place = Place(seat.rank, seat.world, device, seat.options["model"])
     most_bytes = (seat.memory or rank_memory(seat.world)) // 2
-    serve(seat, lambda job: pack_answers([_run(job, place, most_bytes)]))
+    serve(seat, lambda job: _answered(job, place, most_bytes))
+
+
+def _answered(job: Job, place: Place, most_bytes: int) -> Packed:
+    packed = pack_answers([_run(job, place, most_bytes)])
+    if isinstance(job.case, NetworkCase):
+        give_back()
+    return packed
 
 
 def _run(job: Job, place: Place, most_bytes: int) -> RankAnswer:
