@@ -132,13 +132,12 @@ def _mesh(device: str, config: ShardConfig) -> DeviceMesh:
     if config.strategy not in REPLICATED:
         return init_device_mesh(device, (world_size,))
     size = shard_size(config, world_size=world_size)
-    return _rows(device, (world_size // size, size), of=distributed.group.WORLD)
+    return _rows(device, (world_size // size, size), distributed.group.WORLD)
 
 
 @functools.lru_cache
-def _rows(device: str, shape: tuple[int, int], *, of: object) -> DeviceMesh:
+def _rows(device: str, shape: tuple[int, int], _group: object) -> DeviceMesh:
     """Replicas of rows, made once in a process group: each mesh makes groups, with threads that nothing ends."""
-    del of
     return init_device_mesh(device, shape, mesh_dim_names=("replica", "shard"))
 
 
