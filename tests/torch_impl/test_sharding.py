@@ -128,3 +128,10 @@ def test_s2_only_fsdp1_hides_what_it_flattens(pools: Pools, strategy: str, names
     answers = pools.run(2, "wires:trained_names", strategy=strategy)
 
     assert answers == [names] * 2
+
+
+@pytest.mark.parametrize("strategy", ["hsdp", "fsdp1-hybrid"])
+def test_s9_models_share_the_groups_of_their_replicas(pools: Pools, strategy: str) -> None:
+    """Another model makes no group: each has threads that nothing ends, and a process may have so many."""
+    for counts in pools.run(4, "wires:group_counts", strategy=strategy):
+        assert counts == counts[:1] * 3

@@ -6,7 +6,7 @@ from pathlib import Path
 import onehot
 import torch
 from onehot import Evidence, Stack, build
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from torch_impl import (
@@ -208,3 +208,13 @@ def materialized(*, rank: int, world: int, folder: str, load: str) -> dict[str, 
     del world
     model = materialize(Path(folder) / str(rank), None, load=load)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def group_counts(*, rank: int, world: int, strategy: str) -> list[int]:
+    """How many process groups there are after each of three models has been sharded."""
+    del rank, world
+    counts = []
+    for _ in range(3):
+        shard_model(build(Stack()), ShardConfig(strategy=strategy, shard_size=2))
+        counts.append(len(distributed.distributed_c10d._world.pg_map))
+    return counts
