@@ -38,7 +38,7 @@ from parity.checks.itself import as_declared, unchanged
 from parity.checks.refusal import check_refusal
 from parity.checks.shard_check import Check, check_shard
 from parity.errors import CaseFailed, CaseHung
-from parity.implementations.registry import FILES, JAX_IMPLEMENTATIONS
+from parity.implementations.registry import FILES, runs_in_jax
 from parity.job import Job, RankAnswer
 from parity.oracle.prediction import LayoutQuestion, Layouts, Predictions
 from parity.printable import printable
@@ -119,7 +119,7 @@ class Pipeline:
             offsets = self._offsets(case, implementation)
             ask = partial(self._oracle.predict, case, offsets, seconds=self._limit(case))
             predictions = self._ahead.submit(ask)
-        if implementation in JAX_IMPLEMENTATIONS:
+        if runs_in_jax(implementation):
             self._ask_jax(Job(case, implementation))
             if case.has_twin:
                 self._ask_jax(Job(case.unsharded_twin(), implementation))
@@ -178,7 +178,7 @@ class Pipeline:
         job = Job(case, implementation)
         if isinstance(case, ExchangeCase):
             return self._exchange(job, case)
-        if implementation in JAX_IMPLEMENTATIONS:
+        if runs_in_jax(implementation):
             return self._ask_jax(job).result()
         return self._run_on_ranks(job)
 

@@ -20,6 +20,7 @@ from jaxtyping import Float, Num
 
 from ref.dora import direction, forward, forward_with_ratio, ratio, weight_norm
 from ref.layouts import FlatLayout, fsdp2_row_range, up_to
+from ref.training import checkpointed
 from ref.types import Adapter, InputError, Layer
 
 AXIS: Final = "rank"
@@ -188,13 +189,13 @@ def _rank_step(
     heights: tuple[tuple[int, int], ...],
     relu: bool,
 ) -> tuple[Float[Array, "1 T O"], list[Adapter]]:
-    """One rank's forward and backward; `jax.checkpoint` gathers again for the backward instead of keeping the whole."""
+    """One rank's forward and backward; recomputation (T5) gathers again for the backward, and keeps nothing whole."""
 
     def forward_on_shards(adapters: list[Adapter]) -> Float[Array, "T O"]:
         x_TI = x_1TI[0]
         for position, (layer, adapter, (out, rank)) in enumerate(zip(held, adapters, heights, strict=True)):
             x_TI = jax.nn.relu(x_TI) if relu and position else x_TI
-            unit = jax.checkpoint(partial(unit_forward, out=out, rank=rank))
+            unit = checkpointed(partial(unit_forward, out=out, rank=rank))
             x_TI = unit(x_TI, replace(layer, adapter=adapter))
         return x_TI
 

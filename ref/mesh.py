@@ -25,6 +25,7 @@ from jaxtyping import Float, Num
 
 from ref.layouts import up_to
 from ref.tensor_parallel import TENSOR, Cut, all_features, column_parallel, own_features, row_parallel
+from ref.training import checkpointed
 from ref.types import Adapter, InputError, Layer
 
 REPLICATE: Final = "replicate"
@@ -117,14 +118,14 @@ def stack(
 ) -> Float[Array, "T O"]:
     """S8, S10: one rank's program; features are gathered or sliced only where a layer wants the other form.
 
-    `jax.checkpoint` gathers parameters again for the backward pass instead of keeping the whole.
+    Recomputation (T5) gathers parameters again for the backward pass, and keeps nothing whole.
     """
     features_cut = False
     for position, (held, cut, rows) in enumerate(zip(layers, cuts, heights, strict=True)):
         x_TI = jax.nn.relu(x_TI) if relu and position else x_TI
         if features_cut != (cut == "row"):
             x_TI = own_features(x_TI) if cut == "row" else all_features(x_TI)
-        x_TI = jax.checkpoint(partial(_unit, cut=cut, heights=rows))(x_TI, held)
+        x_TI = checkpointed(partial(_unit, cut=cut, heights=rows))(x_TI, held)
         features_cut = cut == "column"
 
     return all_features(x_TI) if features_cut else x_TI

@@ -5,11 +5,12 @@ from __future__ import annotations
 from parity.bugs.files import FILES
 from parity.bugs.layer import LAYER
 from parity.bugs.record import Bug, Signature
+from parity.bugs.reference import REFERENCE
 from parity.bugs.sharding import SHARDING
 from parity.bugs.storage import STORAGE
 from parity.bugs.training import TRAINING
 
-BUGS: dict[str, Bug] = {bug.name: bug for bug in (*LAYER, *STORAGE, *SHARDING, *TRAINING, *FILES)}
+BUGS: dict[str, Bug] = {bug.name: bug for bug in (*LAYER, *STORAGE, *SHARDING, *TRAINING, *FILES, *REFERENCE)}
 
 CONTROLS = ("NormNotDetached", "SumForMean", "MagnitudeGradNotReduced", "NibbleSwap", "OneRankHalved", "StaleNorm")
 """The mutants that every `run` tries (link 5)."""

@@ -48,5 +48,7 @@ class Bug:
     """(kind, tensor's last word) of checks that must fail, each at least once. A pair that is missing is right in spite
     of the bug: `dm` of the last layer under NormNotDetached, A under AlignmentIgnored (the first member needs no
     filler), A and B where only magnitudes are hurt."""
+    subject: str = "torch_impl"
+    """The implementation that has it."""
     signature: Signature | None = None
     """What a failure that it causes looks like, where that can be told."""

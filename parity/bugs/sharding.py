@@ -46,6 +46,15 @@ SHARDING = (
         signature=Signature.MAGNITUDES_ALONE,
     ),
     Bug(
+        name="ShardReadOutside",
+        bug="takes the norm of B as it lies outside of the forward: the rank's own part, and nothing else",
+        effect="other ranks' rows have the norm of the weight alone",
+        source="reading a parameter outside of its unit (peft#1737)",
+        clauses=("S8",),
+        keep="stack/one-hot and w3/uneven/float32-float32/plain",
+        kills=(*GRADIENTS, ("norm", "0"), ("norm", "1")),
+    ),
+    Bug(
         name="MembersReordered",
         bug="registers a unit's members in another order",
         effect="flat shards of two programs hold other parts under the same names",

@@ -10,7 +10,7 @@ from parity.cases.shapes import DENSE_LATTICE_SCALING, Shape
 
 LAYER = ("D1", "D2", "D3", "D5", "D11", "G1")
 """Every DoRA layer's."""
-SHARDED = ("S1", "S3", "S7", "S11")
+SHARDED = ("S1", "S3", "S7", "S8", "S11")
 """Every sharded one's."""
 
 
@@ -43,7 +43,6 @@ def case_of(kind: type[Kind], shape: Shape, **fields: Any) -> Kind:
         clauses += ["T5"] if fields.get("late") else []
         clauses += _mesh_clauses(fields["strategy"])
         clauses += ["S4"] if fields["strategy"] == "shard-map" else []  # the one form that takes norms locally
-        clauses += ["S8"] if fields["strategy"] == "fsdp1-orig" else []  # where reading from outside raises
         clauses += ["S6"] if fields.get("base") in {"nf4", "fp4"} else []
     inputs = fields.get("inputs", "gaussian")
     if inputs == "one-hot":  # a twin is the same code: it shows how that is sharded, not that it is right

@@ -85,6 +85,8 @@ def _crosses() -> Iterator[Case]:
     for kind in (StartCase, TrainCase):
         case = case_of(kind, hard, link="frameworks", hard_rows=True)
         yield replace(case, clauses=("D4", "D13", *case.clauses))
+    by_factors = case_of(StartCase, hard, link="frameworks", hard_rows=True, subject="jax")
+    yield replace(by_factors, clauses=("D4", "D13", "D3"))
 
 
 def _lattice() -> Iterator[Case]:
@@ -210,6 +212,9 @@ def _jax() -> Iterator[Case]:
     for shape, world, base in product((UNEVEN, THIN), (1, 2, 3, 4), ("float32", "nf4")):
         common = {"link": "shards", "subject": "jax", "strategy": "shard-map", "world": world, "base": base}
         yield stack_case(shape, inputs="lattice", **common)
+    for shape in (UNEVEN, THIN):
+        at = {"link": "training", "subject": "jax", "strategy": "shard-map", "world": 2}
+        yield stack_case(shape, inputs="lattice", tokens=32, accumulate=3, **at)
     for shape, world in product((UNEVEN, THIN), (2, 4)):
         yield stack_case(
             shape, inputs="gaussian", link="shards", subject="jax", strategy="shard-map", world=world, steps=2

@@ -60,7 +60,7 @@ def try_mutant(name: str, pipeline: Pipeline) -> Verdict:
     """Run one mutant on its cases."""
     plan = BUGS[name]
     matches = compile_expression(plan.keep)
-    cases = [case for case in cases_of("quick") if case.subject == "torch_impl" and matches(case)]
+    cases = [case for case in cases_of("quick") if case.subject == plan.subject and matches(case)]
     results = tuple(pipeline.run((case, f"mutant:{name}") for case in cases))
     failed = frozenset(
         (check.kind, check.tensor.rpartition(".")[2])

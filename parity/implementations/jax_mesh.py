@@ -6,6 +6,8 @@ Axes: N data ranks, T tokens of one (padded with zero tokens to the longest), I 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from parity.case import Case, TrainCase
-from parity.implementations.jax_sharded import output_shards, padded_batches, stack_layers
+from parity.implementations.jax_sharded import of_step, output_shards, stack_layers
 from parity.job import Place
 from parity.oracle.stack import FACTORS
 from parity.shard import Shard
@@ -43,16 +45,19 @@ class JaxMesh:
         whole = [mesh.pieces(layer, cut, devices) for layer, cut in zip(layers, cuts, strict=True)]
         held = [_laid_out(of_layer, cut, devices) for of_layer, cut in zip(whole, cuts, strict=True)]
         for step in range(1, case.steps + 1):
-            x_NTI, G_NTO = padded_batches(case, step - 1)
-            y_NTO, gradient = mesh.sharded_gradients(
-                x_NTI, layers, G_NTO=G_NTO, mesh=devices, cuts=cuts, relu=case.activation == "relu"
-            )
-            yield from output_shards(case, y_NTO, step)
+            options = {"layers": layers, "mesh": devices, "cuts": cuts, "relu": case.activation == "relu"}
+            outputs, gradient = of_step(case, step, partial(_gradients, **options))
+            yield from output_shards(case, outputs, step)
             yield from _shards(gradient, whole, devices, step=step, kind="gradient")
             held, state = training.sgd_momentum(held, gradient, state, lr=case.learning_rate, momentum=case.momentum)
             yield from _shards(held, whole, devices, step=step, kind="parameter")
             yield from _shards(state, whole, devices, step=step, kind="optimizer:momentum_buffer")
             layers = [_with_adapter(*parts) for parts in zip(layers, whole, held, strict=True)]
+
+
+def _gradients(x_NTI: Array, G_NTO: Array, *, layers: list[Layer], **options: Any) -> tuple[Array, list[Adapter]]:
+    """Each data rank's output (padded), and the mean gradient as it lies on the mesh."""
+    return mesh.sharded_gradients(x_NTI, layers, G_NTO=G_NTO, **options)
 
 
 def cut_of(layer: Layer, tensor: int) -> Cut:

@@ -5,14 +5,17 @@ Axis legend: N ranks, T tokens of a rank (padded with zero tokens to the longest
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from parity.case import UNSHARDED, Case, StackCase, StartCase, TrainCase
-from parity.inputs import batches, forward_tokens, stack_inputs
+from parity.inputs import forward_tokens, parts, stack_inputs
 from parity.job import Place
 from parity.oracle.stack import FACTORS
 from parity.oracle.weights import weight_used
@@ -20,6 +23,7 @@ from parity.shard import Shard, whole_index
 from ref import dora, fsdp, layouts, training
 from ref.types import Adapter, Layer
 
+Tree = TypeVar("Tree")
 Rows = list[list[Adapter]]
 """`rows[rank][layer]`: what each rank holds of an adapter, or of its gradient or momentum."""
 
@@ -31,9 +35,9 @@ class JaxSharded:
     gives = ("output",)
 
     def refuses(self, case: Case) -> str | None:
-        """Stacks in float32; unsharded their starting magnitudes alone, since the oracle is the same code."""
+        """Stacks in float32; unsharded their starting magnitudes alone: all else would be the oracle's own code."""
         trains = isinstance(case, TrainCase) and case.strategy == "shard-map"
-        starts = isinstance(case, StartCase) and case.strategy == UNSHARDED and case.inputs == "integers"
+        starts = isinstance(case, StartCase) and case.strategy == UNSHARDED
         fits = (trains or starts) and case.compute == "float32"
         return None if fits else "the JAX form takes float32 stacks under shard-map"
 
@@ -46,8 +50,8 @@ class JaxSharded:
         held = _cut([layer.adapter for layer in layers], place.world)
         state = None
         for step in range(1, case.steps + 1):
-            y_NTO, gradient = _gradients(case, layers, step - 1)
-            yield from output_shards(case, y_NTO, step)
+            outputs, gradient = of_step(case, step, partial(_gradients, layers=layers, relu=case.activation == "relu"))
+            yield from output_shards(case, outputs, step)
             yield from _shards(gradient, layers, step, "gradient")
             held, state = training.sgd_momentum(held, gradient, state, lr=case.learning_rate, momentum=case.momentum)
             yield from _shards(held, layers, step, "parameter")
@@ -56,10 +60,10 @@ class JaxSharded:
 
 
 def _starting_magnitudes(layers: list[Layer]) -> Iterator[Shard]:
-    """D6 in float32."""
+    """D6 in float32, by D13's form: the oracle has D3's."""
     for position, layer in enumerate(layers):
         factors = (layer.weight, layer.adapter.lora_A, layer.adapter.lora_B)
-        array = np.asarray(dora.initial_magnitude(*factors, scaling=layer.scaling))
+        array = np.asarray(dora.factored_weight_norm(*factors, scaling=layer.scaling))
         name = f"layers.{position}.magnitude"
         index = whole_index(array.shape)
         yield Shard(name=name, kind="parameter", step=0, global_shape=array.shape, index=index, array=array)
@@ -84,34 +88,57 @@ def stack_layers(case: StackCase) -> list[Layer]:
     return layers
 
 
-def _gradients(case: TrainCase, layers: list[Layer], step: int) -> tuple[jax.Array, Rows]:
+def _gradients(x_NTI: Array, G_NTO: Array, *, layers: list[Layer], relu: bool) -> tuple[Array, Rows]:
     """Each rank's output (padded) and its rows of the mean gradient."""
-    x_NTI, G_NTO = padded_batches(case, step)
-    return fsdp.sharded_gradients(x_NTI, layers, G_NTO=G_NTO, relu=case.activation == "relu")
+    return fsdp.sharded_gradients(x_NTI, layers, G_NTO=G_NTO, relu=relu)
 
 
-def output_shards(case: TrainCase, y_NTO: jax.Array, step: int) -> Iterator[Shard]:
-    """Y of each data rank, less the padding, at the place of its tokens."""
-    whole = (case.tokens, y_NTO.shape[-1])
-    for rank, y_TO in enumerate(np.asarray(y_NTO)):
-        (rows,) = forward_tokens(case, rank, step - 1)
-        yield Shard(
-            name="y",
-            kind="output",
-            step=step,
-            global_shape=whole,
-            index=(rows, slice(0, whole[1])),
-            array=y_TO[: rows.stop - rows.start],
-            rank=rank,
-        )
+def of_step(
+    case: TrainCase, step: int, gradients: Callable[[Array, Array], tuple[Array, Tree]]
+) -> tuple[list[Array], Tree]:
+    """T1: the outputs of a step's forwards, from `gradients(x, G)`, and the sum of their gradients."""
+    outputs = []
+
+    def gradient(forward: tuple[Array, Array]) -> Tree:
+        y_NTO, part = gradients(*forward)
+        outputs.append(y_NTO)
+        return part
+
+    return outputs, training.accumulated(gradient, _padded_forwards(case, step))
 
 
-def padded_batches(case: TrainCase, step: int) -> tuple[jax.Array, jax.Array]:
-    """Each data rank's `(x, G)` of a step, as long as the longest."""
-    dealt = [batches(case, rank)[step] for rank in range(case.input_world)]
-    longest = max(len(x) for x, _ in dealt)
-    x_NTI, G_NTO = (jnp.asarray(np.stack([_padded(batch[part], longest) for batch in dealt])) for part in (0, 1))
-    return x_NTI, G_NTO
+def output_shards(case: TrainCase, outputs: list[Array], step: int) -> Iterator[Shard]:
+    """Y of each data rank and forward, less the padding, at the place of its tokens."""
+    for forward, y_NTO in enumerate(outputs):
+        whole = (case.tokens, y_NTO.shape[-1])
+        for rank, y_TO in enumerate(np.asarray(y_NTO)):
+            rows = forward_tokens(case, rank, step - 1)[forward]
+            yield Shard(
+                name="y",
+                kind="output",
+                step=step,
+                global_shape=whole,
+                index=(rows, slice(0, whole[1])),
+                array=y_TO[: rows.stop - rows.start],
+                rank=rank,
+            )
+
+
+def _padded_forwards(case: TrainCase, step: int) -> Iterator[tuple[Array, Array]]:
+    """Each data rank's `(x, G)` in each forward of a step, as long as the longest of them."""
+    dealt = [parts(case, rank)[step - 1] for rank in range(case.input_world)]
+    for forward in zip(*dealt, strict=True):
+        longest = max(len(x) for x, _ in forward)
+        x_NTI, G_NTO = (jnp.asarray(np.stack([_padded(batch[part], longest) for batch in forward])) for part in (0, 1))
+        yield x_NTI, G_NTO * _share(case, longest)
+
+
+def _share(case: TrainCase, tokens: int) -> Array | float:
+    """T1, S3: what each token's loss is weighed by in a mean over the tokens of all ranks and forwards, (tokens, 1)."""
+    if case.accumulate == 1:
+        return 1.0  # the cotangent carries the world size itself
+    mean = partial(training.token_mean_loss, total_tokens=case.tokens, world_size=case.input_world)
+    return jax.grad(mean)(jnp.zeros(tokens, jnp.float32))[:, None]
 
 
 def _padded(tokens: np.ndarray, longest: int) -> np.ndarray:

@@ -30,9 +30,17 @@ JAX_IMPLEMENTATIONS = {
 FILES = "jax-files"
 """The other side of every exchange of files."""
 MUTANT = "mutant"
-"""`mutant:NAME` is `torch_impl` with that bug planted; it runs inside a torch rank."""
+"""`mutant:NAME` is an implementation with that bug planted, and runs where that one runs."""
 
+_TORCH_MUTANTS, _JAX_MUTANTS = "parity.implementations.mutants", "parity.implementations.jax_mutants"
 _BUILT_IN = {**TORCH_IMPLEMENTATIONS, **JAX_IMPLEMENTATIONS}
+
+
+def runs_in_jax(name: str) -> bool:
+    """Whether the JAX process runs an implementation, and no torch rank."""
+    module, _, bug = name.partition(":")
+    planted = module == MUTANT and bug in BUGS
+    return (BUGS[bug].subject if planted else name) in JAX_IMPLEMENTATIONS
 
 
 def check_exists(name: str) -> None:
@@ -82,7 +90,7 @@ def resolve(name: str) -> Implementation:
     """
     module, _, class_name = _BUILT_IN.get(name, name).partition(":")
     if module == MUTANT:
-        module = "parity.implementations.mutants"
+        module = _JAX_MUTANTS if runs_in_jax(name) else _TORCH_MUTANTS
     _put_here_on_path()
     try:
         return _find(module, class_name)()
@@ -101,4 +109,4 @@ def _put_here_on_path() -> None:
 
 def _find(module: str, class_name: str) -> type[Implementation]:
     found = importlib.import_module(module)
-    return found.MUTANTS[class_name] if module == "parity.implementations.mutants" else getattr(found, class_name)
+    return found.MUTANTS[class_name] if module in {_JAX_MUTANTS, _TORCH_MUTANTS} else getattr(found, class_name)

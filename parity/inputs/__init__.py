@@ -73,11 +73,6 @@ def parts(case: TrainCase, rank: int) -> list[list[tuple[np.ndarray, np.ndarray]
     ]
 
 
-def batches(case: TrainCase, rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The same where each step has one forward."""
-    return [forwards[0] for forwards in parts(case, rank)]
-
-
 def _weight(case: TrainCase, rank: int, step: int) -> float:
     """What the cotangent is multiplied by."""
     hot = case.hot_rank(step)

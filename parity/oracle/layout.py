@@ -7,7 +7,7 @@ from typing import get_args
 
 from parity.case import TrainCase
 from parity.oracle.prediction import LayoutQuestion, Layouts
-from parity.oracle.weights import stored_shape
+from parity.oracle.weights import CODES, STACK_STORAGE, stored_shape
 from parity.shard import Index
 from ref import layouts as rules
 from ref.model_layouts import ALIGNED_BYTES
@@ -43,7 +43,9 @@ def _units(case: TrainCase) -> Iterator[list[Member]]:
 
 
 def _require_alike(case: TrainCase, unit: list[Member]) -> None:
-    """S7: what the reference would refuse to put into one unit has no layout."""
+    """S6, S7: what the reference would refuse to send as it is, or to put into one unit, has no layout."""
+    if case.base in CODES:
+        rules.wire_dtype(STACK_STORAGE, param_dtype=case.param_dtype)
     strategy = {"fsdp1-hybrid": "fsdp1", "hsdp": "fsdp2"}.get(case.strategy, case.strategy)
     if strategy in get_args(rules.Strategy):
         members = [rules.UnitMember(name, _STORED[width], name.endswith(_TRAINED)) for name, _, width in unit]

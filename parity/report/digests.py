@@ -33,12 +33,11 @@ def case_digest(case: Case) -> str:
 
 @cache
 def mutant_digests() -> dict[str, str]:
-    """Of each class in the mutants' package, with what all of them share."""
+    """Of each class of a mutant, with what all of `torch_impl`'s share."""
     folder = ROOM / "implementations" / "mutants"
     shared = _said(_tree(folder / "base.py"))
-    classes = [
-        node for path in sorted(folder.glob("*.py")) for node in _tree(path).body if isinstance(node, ast.ClassDef)
-    ]
+    files = [*sorted(folder.glob("*.py")), folder.with_name("jax_mutants.py")]
+    classes = [node for path in files for node in _tree(path).body if isinstance(node, ast.ClassDef)]
     return {node.name: _short(shared + _said(node)) for node in classes}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import time
@@ -33,6 +34,8 @@ from parity.workers.wire import Packed
 
 DEVICES = 8
 """Virtual CPU devices: the largest world of a sharded JAX case."""
+_PROGRAMS_KEPT = 100
+"""Questions after which all compiled programs are dropped: those of so many take a gibibyte, and few serve again."""
 _LAYOUT_SECONDS = 60.0
 """A layout is arithmetic on a few integers."""
 
@@ -113,7 +116,16 @@ def jax_main(seat: Seat) -> None:
     ran = Ran()
     if seat.options["notes_calls"]:
         ran.begin()
-    serve(seat, lambda asked: _packed(asked, seat.options["model"], ran))
+    asked_so_far = itertools.count(1)
+
+    def answer(asked: Any) -> Packed:
+        packed = _packed(asked, seat.options["model"], ran)
+        if next(asked_so_far) % _PROGRAMS_KEPT == 0 or isinstance(getattr(asked, "case", None), NetworkCase):
+            jax.clear_caches()
+            give_back()
+        return packed
+
+    serve(seat, answer)
 
 
 def _packed(asked: Any, model: Path | None, ran: Ran) -> Packed:
@@ -141,9 +153,7 @@ def _predict(question: Question, model: Path | None) -> Predictions:
         case NetworkCase() as case:
             from parity.oracle.network import predict_network  # noqa: PLC0415
 
-            predictions = predict_network(case, model, dict(question.offsets))
-            give_back()
-            return predictions
+            return predict_network(case, model, dict(question.offsets))
         case MergeCase() | ExchangeCase() as case:
             return _predict_files(case)
         case StartCase() as case:

@@ -23,6 +23,7 @@ JAX_ONLY = (
     "implementations/jax_algebra.py",
     "implementations/jax_files.py",
     "implementations/jax_mesh.py",
+    "implementations/jax_mutants.py",
     "implementations/jax_sharded.py",
 )
 

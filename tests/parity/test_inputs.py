@@ -12,7 +12,7 @@ import pytest
 from parity.case import NetworkCase, StackCase
 from parity.cases import cases_of
 from parity.errors import LatticeNotExact
-from parity.inputs import batches, deal_tokens, input_seed, stack_inputs
+from parity.inputs import deal_tokens, input_seed, parts, stack_inputs
 from parity.inputs.certificate import certify, require_long_sums
 from parity.inputs.lattice import _has_loud_token
 from parity.inputs.network import MAGNITUDE_PATTERN, adapter_factors, starting_magnitude
@@ -234,15 +234,15 @@ def test_s3_cotangents_carry_the_world():
     """FSDP's mean over ranks gives the sum over tokens: each cotangent is the world size times its rows of G."""
     whole = stack_inputs(PLAIN)["G"]
 
-    parts = [batches(PLAIN, rank)[0][1] for rank in range(3)]
+    cotangents = [parts(PLAIN, rank)[0][0][1] for rank in range(3)]
 
-    assert np.array_equal(np.concatenate(parts), 3 * whole)
+    assert np.array_equal(np.concatenate(cotangents), 3 * whole)
 
 
 @pytest.mark.parametrize("step", range(3))
 def test_one_rank_is_hot(step):
     """In a one-hot case every rank's cotangent but one is zero, and that one's is its own rows of G, unscaled."""
-    cotangents = [batches(GAUSSIAN, rank)[step][1] for rank in range(3)]
+    cotangents = [parts(GAUSSIAN, rank)[step][0][1] for rank in range(3)]
     own = stack_inputs(GAUSSIAN)["G"][deal_tokens(24, 3)[step]]
 
     assert [bool(G.any()) for G in cotangents] == [rank == step for rank in range(3)]
@@ -251,21 +251,21 @@ def test_one_rank_is_hot(step):
 
 def test_cold_ranks_see_tokens():
     """A cold rank runs the same forward: its x is not zero."""
-    assert all(batches(GAUSSIAN, rank)[0][0].any() for rank in range(3))
+    assert all(parts(GAUSSIAN, rank)[0][0][0].any() for rank in range(3))
 
 
 @pytest.mark.parametrize("step", range(3))
 def test_the_twin_sees_the_hot_rank(step):
     """The unsharded twin of a one-hot case runs on the hot rank's tokens, at every step."""
-    twin = batches(GAUSSIAN.unsharded_twin(), 0)[step]
-    hot = batches(GAUSSIAN, step)[step]
+    (twin,) = parts(GAUSSIAN.unsharded_twin(), 0)[step]
+    (hot,) = parts(GAUSSIAN, step)[step]
 
     assert all(np.array_equal(left, right) for left, right in zip(twin, hot, strict=True))
 
 
 def test_the_twin_sees_every_token():
     """The unsharded twin of any other case runs on all tokens with G as it is."""
-    ((x, G),) = batches(PLAIN.unsharded_twin(), 0)
+    (((x, G),),) = parts(PLAIN.unsharded_twin(), 0)
 
     assert np.array_equal(x, stack_inputs(PLAIN)["x"])
     assert np.array_equal(G, stack_inputs(PLAIN)["G"])

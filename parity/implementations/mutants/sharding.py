@@ -101,6 +101,34 @@ class MagnitudeGradNotReduced(Mutant):
             yield
 
 
+class ShardReadOutside(Mutant):
+    """The norm's B has this rank's part alone, as a parameter has outside of its unit's forward."""
+
+    def __init__(self) -> None:
+        self._outside: dict[torch.Size, Tensor] = {}
+
+    def shard(self, model: nn.Module, case: Case) -> nn.Module:
+        """Keep what lies there, by shape: the layers of a stack differ in `out`."""
+        model = super().shard(model, case)
+        for shard in local_shards(model) if is_sharded(case) else ():
+            if shard.kind == "parameter" and shard.name.endswith("lora_B"):
+                lying = torch.zeros(shard.global_shape)
+                part = lying.view(-1) if len(shard.index) == 1 else lying
+                part[shard.index] = shard.tensor
+                self._outside[lying.shape] = lying
+        return model
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Hand it to the norm."""
+        self._outside.clear()
+        right = layers.weight_norm
+
+        def of_what_lies_there(W: Tensor, A: Tensor, B: Tensor, *, scaling: float) -> Tensor:
+            return right(W, A, self._outside.get(B.shape, B), scaling=scaling)
+
+        return mock.patch.object(layers, "weight_norm", of_what_lies_there)
+
+
 class MembersReordered(Mutant):
     """The magnitude is registered before A and B, so that FSDP1 puts it first."""
 
@@ -237,6 +265,7 @@ SHARDING_MUTANTS = (
     ReplicasSummed,
     OneRankHalved,
     MagnitudeGradNotReduced,
+    ShardReadOutside,
     MembersReordered,
     ShardSwap,
     ChunkFloor,
