@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import time
@@ -27,15 +26,15 @@ from parity.oracle.prediction import LayoutQuestion, Layouts, Predictions
 from parity.workers.answers import pack_answers, pack_trusted, unpack_answers, unpack_trusted
 from parity.workers.child import life, serve
 from parity.workers.group import Seat, Workers
-from parity.workers.memory import give_back
+from parity.workers.memory import GIB, give_back, resident
 from parity.workers.ran import Ran
 from parity.workers.refusing import what_is_said, why_refused
 from parity.workers.wire import Packed
 
 DEVICES = 8
 """Virtual CPU devices: the largest world of a sharded JAX case."""
-_PROGRAMS_KEPT = 100
-"""Questions after which all compiled programs are dropped: those of so many take a gibibyte, and few serve again."""
+_MOST_KEPT = 2 * GIB
+"""Above it a network is not begun before all programs that were compiled for stacks are dropped."""
 _LAYOUT_SECONDS = 60.0
 """A layout is arithmetic on a few integers."""
 
@@ -116,16 +115,7 @@ def jax_main(seat: Seat) -> None:
     ran = Ran()
     if seat.options["notes_calls"]:
         ran.begin()
-    asked_so_far = itertools.count(1)
-
-    def answer(asked: Any) -> Packed:
-        packed = _packed(asked, seat.options["model"], ran)
-        if next(asked_so_far) % _PROGRAMS_KEPT == 0 or isinstance(getattr(asked, "case", None), NetworkCase):
-            jax.clear_caches()
-            give_back()
-        return packed
-
-    serve(seat, answer)
+    serve(seat, lambda asked: _packed(asked, seat.options["model"], ran))
 
 
 def _packed(asked: Any, model: Path | None, ran: Ran) -> Packed:
@@ -151,9 +141,16 @@ def _predict(question: Question, model: Path | None) -> Predictions:
 
             return predict_codec(case)
         case NetworkCase() as case:
+            import jax  # noqa: PLC0415
+
             from parity.oracle.network import predict_network  # noqa: PLC0415
 
-            return predict_network(case, model, dict(question.offsets))
+            if resident() > _MOST_KEPT:
+                jax.clear_caches()
+            give_back()
+            predictions = predict_network(case, model, dict(question.offsets))
+            give_back()
+            return predictions
         case MergeCase() | ExchangeCase() as case:
             return _predict_files(case)
         case StartCase() as case:
