@@ -38,13 +38,13 @@ from parity.checks.itself import as_declared, unchanged
 from parity.checks.refusal import check_refusal
 from parity.checks.shard_check import Check, check_shard
 from parity.errors import CaseFailed, CaseHung
+from parity.folders import own_folder, sweep_leftovers
 from parity.implementations.registry import FILES, runs_in_jax
 from parity.job import Job, RankAnswer
 from parity.oracle.prediction import LayoutQuestion, Layouts, Predictions
 from parity.printable import printable
 from parity.report.results import ASIDE, CaseResult, Status, group_of
 from parity.shard import Shard
-from parity.workers.folders import own_folder, sweep_leftovers
 from parity.workers.jax_process import Offsets, Oracle
 from parity.workers.lookahead import Ahead
 from parity.workers.torch_ranks import Pools

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from parity.case import Case, CheckpointCase, ExchangeCase, RefuseCase, StackCase
+from parity.folders import own_folder
 from parity.inputs import stack_inputs
 from parity.inputs.llama import LEFT, LINEARS
 from parity.job import Place
@@ -53,7 +53,7 @@ class JaxFiles:
 
     def meet(self, case: RefuseCase, *, bad: bool) -> None:
         """Take it, or raise."""
-        with tempfile.TemporaryDirectory(prefix="dora-parity-") as folder:
+        with own_folder() as folder:
             _MEET[case.bad](case, Path(folder), bad)
 
 

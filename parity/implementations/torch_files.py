@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from parity.case import UNSHARDED, ExchangeCase, MergeCase, RefuseCase, StackCase
+from parity.folders import own_folder
 from parity.implementations.observed import to_numpy, whole_shard
 from parity.implementations.torch_codec import FOUR_BIT, quant_config
 from parity.implementations.torch_stack import DTYPES, shards_now
@@ -68,7 +68,7 @@ def meet(case: RefuseCase, made: Makes, plain: Makes, *, bad: bool) -> None:
             model.layers[1].weight.data[3, 5] = _WEIGHTS[case.bad]
         apply_dora(model, made().layers[0].config)
         return
-    with tempfile.TemporaryDirectory(prefix="dora-parity-") as folder:
+    with own_folder() as folder:
         if case.bad in _ADAPTERS:
             save_adapter(made(), folder)
             if bad:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parity.case import SteppedCase
+from parity.folders import own_prefix
 from parity.implementations.observed import whole_shard
 from parity.shard import Shard
 from torch_impl import checkpoint, optim
@@ -88,7 +89,7 @@ def resumed(
 def common_folder() -> Iterator[Path]:
     """One folder for all ranks, gone afterwards."""
     first = distributed.get_rank() == 0
-    place = [tempfile.mkdtemp(prefix="dora-parity-") if first else ""]
+    place = [tempfile.mkdtemp(prefix=own_prefix()) if first else ""]
     distributed.broadcast_object_list(place)
     try:
         yield Path(place[0])

@@ -27,9 +27,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from parity.errors import CaseFailed, CaseHung, NoAnswer
+from parity.folders import own_folder, room_for_sockets
 from parity.printable import printable
 from parity.workers.family import end_families, leads
-from parity.workers.folders import own_folder, room_for_sockets
 from parity.workers.memory import rank_memory
 from parity.workers.wire import Frame, Source, has_spoken, is_listening, receive
 

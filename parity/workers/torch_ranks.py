@@ -13,10 +13,10 @@ from typing import Any, Self
 
 from parity.case import NetworkCase, RefuseCase
 from parity.errors import NoAnswer
+from parity.folders import own_folder
 from parity.job import Job, Place, RankAnswer, declared
 from parity.workers.answers import bounded, pack_answers, unpack_answers
 from parity.workers.child import life, serve
-from parity.workers.folders import own_folder
 from parity.workers.group import Seat, Workers, kill_fork_server
 from parity.workers.memory import give_back, rank_memory
 from parity.workers.refusing import what_is_said, why_refused

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from commands import COMMAND
 
-from parity.workers.folders import sweep_leftovers
+from parity.folders import sweep_leftovers
 
 pytestmark = pytest.mark.distributed
 

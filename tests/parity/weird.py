@@ -242,15 +242,15 @@ class IgnoresSignals(Good):
 
 
 class Allocates(Good):
-    """Takes far more memory than there is for a rank."""
+    """Takes more memory than a rank may have, and less than the machine has."""
 
-    does = deed(lambda: bytearray(2**40))
+    does = deed(lambda: bytearray(6 * 2**30))
 
 
 class AllocatesTensor(Good):
-    """Asks torch for far more memory than there is for a rank."""
+    """Asks torch for more memory than a rank may have, and less than the machine has."""
 
-    does = deed(lambda: torch.empty(2**40))
+    does = deed(lambda: torch.empty(6 * 2**28))
 
 
 class GrowsSlowly(Good):

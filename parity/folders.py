@@ -18,7 +18,12 @@ _NAME = re.compile(r"dora-parity-(\d+)-\w+")
 
 def own_folder() -> tempfile.TemporaryDirectory[str]:
     """A folder of this process's."""
-    return tempfile.TemporaryDirectory(prefix=f"dora-parity-{os.getpid()}-", ignore_cleanup_errors=True)
+    return tempfile.TemporaryDirectory(prefix=own_prefix(), ignore_cleanup_errors=True)
+
+
+def own_prefix() -> str:
+    """What the names of this process's folders begin with."""
+    return f"dora-parity-{os.getpid()}-"
 
 
 def sweep_leftovers() -> None:
