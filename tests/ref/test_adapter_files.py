@@ -185,11 +185,12 @@ def test_c1_another_model_is_refused(tmp_path):
     ("change", "said"),
     [
         ({"use_dora": False}, "no DoRA adapter"),
-        ({"rank_pattern": {"first": 4}}, "rank_pattern"),
+        *(({asked: {"first": 4}}, asked) for asked in ("rank_pattern", "alpha_pattern", "layer_replication")),
+        *(({asked: ["first"]}, asked) for asked in ("modules_to_save", "lora_bias")),
         ({"bias": "all"}, "trains biases"),
         ({"r": None}, "cannot be read"),
     ],
-    ids=["lora", "ranks", "biases", "no rank"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_c1_a_configuration_of_something_else_is_refused(tmp_path, change, said):
     """What it asks for and has no meaning here is named."""

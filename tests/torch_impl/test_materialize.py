@@ -270,6 +270,25 @@ def test_t5_a_recomputed_block_has_its_gradient_behind_frozen_embeddings() -> No
     assert torch.equal(model.block.weight.grad, torch.full((4, 4), 2.0))
 
 
+def test_t5_recomputed_blocks_of_transformers_have_their_gradients(folder: Path) -> None:
+    """The first block's input is that of frozen embeddings: its adapters train all the same."""
+    model = materialize(folder, DoraConfig(3, 6))
+
+    recompute_activations(model)
+    model(torch.arange(12)[None]).logits.sum().backward()
+
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_a_packed_checkpoint_s_model_no_longer_says_that_it_is_packed(folder: Path) -> None:
+    """Its layers are ours: who saves the merged model writes plain weights, under a plain configuration."""
+    path = folder / "config.json"
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stored}))
+
+    assert getattr(start.skeleton(folder, dtype=None).config, "quantization_config", None) is None
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(("load", "rank_1_has"), [("rank0", "the weights"), ("each", "its own zeros")])
 def test_who_reads_the_weights(pools: Pools, tmp_path: Path, load: str, rank_1_has: str) -> None:

@@ -180,6 +180,24 @@ def test_four_names_are_said_and_the_others_counted(count: int, text: str) -> No
     assert optim._some(list("abcdef")[:count]) == text
 
 
+def test_the_peak_of_memory_outlives_what_was_freed() -> None:
+    """Now and at most are two numbers: the second keeps 64 MiB that the first has given back, but for pages."""
+    size = 2**26
+    held = bytearray(b"1") * size
+    full = optim.host_memory(peak=False)
+    del held
+
+    now, most = (optim.host_memory(peak=peak) for peak in (False, True))
+    assert now < full - size // 2 < most
+
+
+def test_a_gpu_tells_its_own_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's memory is not what a model on a GPU takes."""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 if device.type == "cuda" else 0)
+
+    assert optim.peak_memory(torch.device("cuda")) == 7
+
+
 @pytest.mark.parametrize(("platform", "peak"), [("freebsd14", 3072), ("darwin", 3)])
 def test_memory_is_told_in_bytes_without_proc(monkeypatch: pytest.MonkeyPatch, platform: str, peak: int) -> None:
     """Where the system has no count of its own: `getrusage` counts in kibibytes, but on macOS in bytes."""

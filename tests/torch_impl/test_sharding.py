@@ -5,6 +5,7 @@ from onehot import Stack, build
 from ranks import Pools
 
 from torch_impl import ShardConfig, sharding
+from torch_impl.errors import ShardingError
 
 pytestmark = pytest.mark.distributed
 
@@ -95,6 +96,18 @@ def test_what_cannot_be_sharded_is_refused_in_one_line(pools: Pools, name: str) 
         assert got[0] == error
         assert part in got[1]
         assert "\n" not in got[1]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp1-orig", "fsdp2"])
+def test_one_rank_is_told_nothing(pools: Pools, strategy: str) -> None:
+    """At world size 1 torch would say, for each unit, that there is nothing to shard."""
+    assert pools.run(1, "wires:warned", strategy=strategy) == [[]]
+
+
+def test_a_group_is_wanted_before_anything_is_wrapped() -> None:
+    """Without a process group the model is refused in one line, not by whatever torch says."""
+    with pytest.raises(ShardingError, match="there is no process group"):
+        sharding.shard_model(build(Stack()), ShardConfig("fsdp2"))
 
 
 def test_integer_storage_shards_under_fsdp2(pools: Pools) -> None:

@@ -1,6 +1,7 @@
 """Run by ranks: dtypes on the wire, the neutral start, shards after evaluation, and refusals."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import onehot
@@ -208,6 +209,15 @@ def materialized(*, rank: int, world: int, folder: str, load: str) -> dict[str, 
     del world
     model = materialize(Path(folder) / str(rank), None, load=load)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def warned(*, rank: int, world: int, strategy: str) -> list[str]:
+    """What sharding warns of."""
+    del rank, world
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        shard_model(build(Stack()), ShardConfig(strategy=strategy))
+    return [str(warning.message) for warning in caught]
 
 
 def group_counts(*, rank: int, world: int, strategy: str) -> list[int]:
