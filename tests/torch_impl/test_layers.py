@@ -28,6 +28,18 @@ def test_g_lattice_gradients_equal_float64_autograd_to_the_bit(
     assert torch.count_nonzero(want) > want.numel() / 4
 
 
+def test_d12_a_is_drawn_as_torch_draws_a_linear_layer() -> None:
+    """PEFT's A is a linear layer of torch, drawn by its own rule: from one seed the same numbers."""
+    torch.manual_seed(3)
+    want = nn.Linear(24, 5, bias=False).weight
+    base = nn.Linear(24, 7)
+    torch.manual_seed(3)
+
+    layer = apply_dora(nn.Sequential(base), DoraConfig(5, 5))[0]
+
+    assert torch.equal(layer.lora_A, want)
+
+
 @pytest.mark.parametrize("tensor", ["y", "A", "B", "m", "x"])
 def test_g_gaussian_gradients_agree_with_float64_autograd(tensor: str) -> None:
     """On ordinary numbers the 2-norm of the error is some roundings of the result (576 terms a sum)."""
