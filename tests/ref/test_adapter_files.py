@@ -121,7 +121,13 @@ def test_c1_reads_what_it_writes(tmp_path):
     assert config == CONFIG
 
 
-@pytest.mark.parametrize("end", adapter_files.SPELLINGS["magnitude"])
+@pytest.mark.parametrize(
+    "end",
+    [
+        *(".lora_magnitude_vector", ".lora_magnitude_vector.default.weight", ".lora_magnitude_vector.weight"),
+        *(".magnitude", ".weight_m_wdecomp.weight", ".dora_scale"),
+    ],
+)
 def test_c1_magnitudes_go_by_many_names(tmp_path, end):
     """Those of peft, torchtune, NVlabs and kohya are all read."""
     adapter_files.write_adapter(tmp_path, adapters(), CONFIG)

@@ -367,6 +367,33 @@ def test_d13_ordinary_rows_are_not_guarded() -> None:
     assert guarded_O.tolist() == [False, False, True]
 
 
+def test_d13_long_rows_are_guarded_by_their_count_of_terms() -> None:
+    """Beyond 2^12 terms a square must be four times the rigorous error of the sum, (terms + 8) u, not only ten bits."""
+    error = (2**20 + 8) * float(jnp.finfo(jnp.float32).eps) / 2
+    squares_O = jnp.asarray([3.9 * error, 4.1 * error], jnp.float32)
+
+    guarded_O = dora.guarded_rows(squares_O, jnp.ones(2, jnp.float32), norm_R=jnp.ones(2, jnp.float32), terms=2**20)
+
+    assert guarded_O.tolist() == [True, False]
+
+
+def test_d13_counts_the_terms_of_its_own_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In + 2 r products stand in sequence, whatever the numbers of rows."""
+    counts = []
+    right = dora.guarded_rows
+
+    def counting(*arrays: Array, norm_R: Array, terms: int) -> Array:
+        counts.append(terms)
+        return right(*arrays, norm_R=norm_R, terms=terms)
+
+    monkeypatch.setattr(dora, "guarded_rows", counting)
+    _, W_OI, adapter = layer(32, 24, 2)
+
+    dora.factored_weight_norm(W_OI, adapter.lora_A, adapter.lora_B, scaling=S)
+
+    assert counts == [24 + 2 * 2]
+
+
 @pytest.mark.parametrize(
     ("W", "A", "B"),
     [(1e-25, 0.0, 0.0), (1e25, 0.0, 0.0), (1.0, 1e-25, 1e25), (1.0, 1e25, 1e-25)],

@@ -170,6 +170,14 @@ def test_s10_refuses_what_does_not_fit(sizes: dict[str, int], cuts: tuple[tensor
         mesh.mesh_gradients(x_NTI, LAYERS, G_NTO=G_NTO, mesh=mesh.make_mesh(**sizes), cuts=cuts)
 
 
+@pytest.mark.parametrize("axis", ["replicate", "shard", "tensor"])
+def test_s9_an_axis_that_is_not_asked_for_has_one_rank(axis: str) -> None:
+    """A mesh of three shards is no mesh of replicas or tensor ranks."""
+    sizes = {"replicate": 1, "shard": 1, "tensor": 1, axis: 3}
+
+    assert dict(mesh.make_mesh(**{axis: 3}).shape) == sizes
+
+
 def test_s9_a_mesh_of_too_many_ranks_is_refused() -> None:
     """More ranks than devices are refused, with how to have more."""
     with pytest.raises(InputError, match="24 ranks"):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from torch_impl import DoraConfig, QuantConfig, apply_dora
 from torch_impl import materialize as start
-from torch_impl.errors import DoraError, ModelFileError, NonFiniteError, RankError
+from torch_impl.errors import DoraError, ModelFileError, NonFiniteError, OptionError, RankError
 from torch_impl.materialize import materialize, recompute_activations, stored_quant
 
 
@@ -287,6 +287,19 @@ def test_a_packed_checkpoint_s_model_no_longer_says_that_it_is_packed(folder: Pa
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stored}))
 
     assert getattr(start.skeleton(folder, dtype=None).config, "quantization_config", None) is None
+
+
+def test_a_model_that_will_not_do_is_refused_before_a_weight_is_read(folder: Path) -> None:
+    """The caller's own check sees the skeleton; what it raises comes first, though no weight could be read."""
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+
+    def check(model: nn.Module) -> None:
+        assert all(parameter.is_meta for parameter in model.parameters())
+        raise OptionError("no", hint="none")
+
+    with pytest.raises(OptionError):
+        materialize(folder, None, check=check)
 
 
 @pytest.mark.distributed
