@@ -6,8 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 RESULTS ?= results
 ARGS ?=
-# Processes that share the tests, a file at a time, in the order of tests/conftest.py.
-WORKERS ?= 2
+# Processes that share the tests, a file at a time, in the order of tests/conftest.py: one more than cores, as many wait.
+WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -q --durations=15
 SHARED := --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 

@@ -2,14 +2,16 @@
 
 import os
 import signal
-from pathlib import Path
 
 import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy load: in each worker, and in what it starts
-# Before jax loads, and for what tests start: workers share what is compiled, and the next run finds it.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+
+from parity.models.pretrained import cache_directory
+
+# Before jax loads, and for what tests start: workers share what is compiled, and the next run finds it, in any clone.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_directory() / "jax-tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

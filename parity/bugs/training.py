@@ -33,6 +33,15 @@ TRAINING = (
         kills=(("collectives", "step"),),
     ),
     Bug(
+        name="RecomputationInactive",
+        bug="keeps activations that are to be computed again",
+        effect="results are right, and memory is as if nothing had been asked for",
+        source="transformers, whose recomputation does nothing in a model that is in evaluation",
+        clauses=("T5",),
+        keep="training and one-hot and fsdp2-w3/uneven/float32-float32/recompute",
+        kills=(("setting", "forwards"),),
+    ),
+    Bug(
         name="OptimizerStateLost",
         bug="resumes with a fresh optimizer",
         effect="moments begin at zero again: the loss jumps, and the run is another one",

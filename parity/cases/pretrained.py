@@ -33,8 +33,9 @@ ALL_BLOCKS = 30
 def pretrained_cases(tier: str) -> list[NetworkCase]:
     """Two blocks, in the quick tier each strategy and each precision; all blocks besides in the full one."""
     if tier == "quick":
-        return list(_declare(QUICK_BLOCKS, _QUICK_SHARDED, _QUICK_WHOLE))
-    return [case for blocks in (QUICK_BLOCKS, ALL_BLOCKS) for case in _declare(blocks, _SHARDED, _WHOLE)]
+        return [*_declare(QUICK_BLOCKS, _QUICK_SHARDED, _QUICK_WHOLE), *_disturbed(("nf4", "bfloat16"))]
+    declared = [case for blocks in (QUICK_BLOCKS, ALL_BLOCKS) for case in _declare(blocks, _SHARDED, _WHOLE)]
+    return declared + [case for precision in _PRECISIONS for case in _disturbed(precision, resume="fsdp1")]
 
 
 def _case(**fields: Any) -> NetworkCase:
@@ -43,6 +44,8 @@ def _case(**fields: Any) -> NetworkCase:
     # stacks show units and their order; where it stands is a parameter's, and link 3 compares gradients
     elsewhere = ("S7", "S1") if fields["inputs"] == "text" else ("S7",)
     clauses += tuple(clause for clause in SHARDED if clause not in elsewhere) if sharded else ()
+    clauses += ("T5",) if fields.get("recompute") else ()
+    clauses += ("T6", "S12", "T3") if fields.get("resume") else ()
     return NetworkCase(rank=8, alpha=12.0, tokens=128, clauses=clauses, **fields)
 
 
@@ -54,3 +57,12 @@ def _declare(blocks: int, sharded: Sharded, whole: Whole) -> Iterator[NetworkCas
     for strategy, base in whole:
         fields = {"strategy": strategy, "world": _WORLD, "base": base, "blocks": blocks}
         yield _case(link="frameworks", inputs="text", **fields)
+
+
+def _disturbed(precision: tuple[str, str], *, resume: str = "") -> Iterator[NetworkCase]:
+    """T5, T6: activations computed again, as `torch_impl train` has it; saved, and gone on with elsewhere."""
+    base, compute = precision
+    at = {"link": "training", "inputs": "one-hot", "strategy": "fsdp2", "world": _WORLD, "blocks": QUICK_BLOCKS}
+    yield _case(base=base, compute=compute, steps=2, recompute=True, **at)
+    if resume:
+        yield _case(base=base, compute=compute, steps=2, resume=resume, optimizer="adamw", **at)

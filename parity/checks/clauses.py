@@ -52,6 +52,8 @@ def clauses_of(case: Case, key: Key, against: str) -> tuple[str, ...]:
 def _possible(key: Key) -> tuple[str, ...]:
     step, kind, name = key
     leaf = name.rpartition(".")[2]
+    if kind == "setting" and name == "forwards":
+        return ("T1", "T5")
     if kind == "gradient":
         return _GRADIENTS.get(leaf, ())
     if kind.startswith("optimizer:"):

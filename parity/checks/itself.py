@@ -66,7 +66,7 @@ def _itself(case: SteppedCase, key: Key, value: np.ndarray) -> Expected:
 
 
 def as_declared(case: SteppedCase, shards: list[Shard]) -> list[Check]:
-    """The optimizer's settings and step count after every step, against the case."""
+    """The optimizer's settings, its count of steps and the forwards of every step, against the case."""
     checks = []
     for shard in shards:
         if shard.kind != "setting":
@@ -88,5 +88,6 @@ _SETTINGS: dict[str, Callable[[SteppedCase, int], float | tuple[float, ...]]] = 
     "betas": lambda _, __: (0.9, 0.999),
     "eps": lambda _, __: 1e-8,
     "step": lambda _, step: float(step),
+    "forwards": lambda case, _: case.accumulate * (2.0 if case.recompute else 1.0),
 }
-"""T3, T6: by name, what a setting must be after a step."""
+"""T3, T5, T6: by name, what a setting must be after a step; and how often each layer's forward must have run."""

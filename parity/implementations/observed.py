@@ -6,7 +6,7 @@ Axes: T tokens of one forward, I in, O out.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import ml_dtypes
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from parity.case import SteppedCase
+from parity.implementations.held import Held
 from parity.inputs import forward_tokens
 from parity.shard import Shard, whole_index
-from torch_impl.shards import LocalShard
 
 SETTINGS = ("lr", "momentum", "betas", "eps", "weight_decay")
 """What an optimizer's parameter groups say, where they say it."""
@@ -94,9 +94,9 @@ def generator_now(name: str, step: int) -> Shard:
     return whole_shard(name, "generator", step, _digest(torch.get_rng_state()))
 
 
-def frozen_digests(held: Iterator[LocalShard], step: int) -> Iterator[Shard]:
+def frozen_digests(parts: Iterable[Held], step: int) -> Iterator[Shard]:
     """A digest of each frozen tensor's part on this rank: of networks, whose weights are too large to send."""
-    for local in held:
+    for local in parts:
         if local.kind == "parameter" and not local.name.endswith(("lora_A", "lora_B", "magnitude")):
             yield whole_shard(local.name, "digest", step, _digest(local.tensor))
 

@@ -14,7 +14,7 @@ from parity.implementations.torch_stack import DTYPES, shards_now
 from parity.inputs.llama import llama_sizes, llama_weights
 from parity.job import Place
 from parity.shard import Shard
-from torch_impl import DoraConfig, DoraLinear
+from torch_impl import DoraConfig, DoraLinear, local_shards
 from torch_impl.materialize import materialize
 
 
@@ -28,7 +28,7 @@ def packed_shards(case: CheckpointCase, place: Place, shard: Callable[[nn.Module
     model = materialize(place.folder, config).to(place.device)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, DoraLinear)}
     model = model if case.strategy == UNSHARDED else shard(model)
-    yield from shards_now(model, 0, ("parameter",), frozen=True)
+    yield from shards_now(local_shards(model), 0, ("parameter",), frozen=True)
     for name, layer in layers.items():
         with torch.no_grad():
             weight = layer.base(lambda base: base.decode(base.weight, dtype=dtype))

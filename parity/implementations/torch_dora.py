@@ -26,8 +26,8 @@ from parity.case import (
     SteppedCase,
     TrainCase,
 )
+from parity.implementations.held import Held
 from parity.implementations.layer_observer import layer_observer
-from parity.implementations.observed import Forwards
 from parity.implementations.torch_checkpoint import packed_shards
 from parity.implementations.torch_codec import FOUR_BIT, codec_shards, quant_config
 from parity.implementations.torch_files import KNOWN, Makes, meet, merged_shards, read_shards
@@ -37,7 +37,16 @@ from parity.implementations.torch_stack import DTYPES, Stack, TorchStack, shards
 from parity.inputs import stack_inputs
 from parity.job import Place
 from parity.shard import Shard
-from torch_impl import DoraConfig, DoraLinear, ShardConfig, apply_dora, save_adapter, shard_model
+from torch_impl import (
+    DoraConfig,
+    DoraLinear,
+    ShardConfig,
+    apply_dora,
+    local_shards,
+    save_adapter,
+    shard_model,
+)
+from torch_impl.materialize import recompute_activations
 
 
 class TorchDora(TorchStack):
@@ -102,9 +111,14 @@ class TorchDora(TorchStack):
             )
         return shard_model(model, config)
 
+    def holds(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Iterator[Held]:
+        """By the public entry point: where it says that a shard lies is part of what is shown."""
+        for part in local_shards(model, optimizer):
+            yield Held(part.name, part.kind, part.global_shape, part.index, part.tensor)
+
     def observe(self, model: nn.Module, case: TrainCase) -> Callable[[int], Iterator[Shard]]:
-        """The norm and the ratio that each layer's forward kept for its backward pass."""
-        return layer_observer(model) if case.method == "dora" and not case.recompute else super().observe(model, case)
+        """How often each layer's forward ran, and the norm and the ratio that it kept for its backward pass."""
+        return layer_observer(model, values=case.method == "dora" and not case.recompute)
 
     def _makes(self, case: StackCase, place: Place) -> tuple[Makes, Makes]:
         """What makes the adapted stack, and the plain one."""
@@ -129,15 +143,26 @@ class TorchDora(TorchStack):
         for layer in model.modules():
             if isinstance(layer, DoraLinear):
                 layer.reset_magnitude()
-        yield from shards_now(self.shard(model, case), 0, ("parameter",), frozen=True)
+        yield from shards_now(self.holds(self.shard(model, case)), 0, ("parameter",), frozen=True)
 
     def _run_network(self, case: NetworkCase, place: Place) -> Iterator[Shard]:
-        model = build_network(case, place, dora_config(case))
-        yield from offset_shards(model)
-        if case.strategy in self.strategies[1:]:
-            model = self.shard(model, case)
-        losses = network_losses(model, case, place)
-        yield from train(lambda _: model, case, lambda _, step: (Forwards(), [losses[step]]), rank=place.rank)
+        """A step on real text; activations are computed again as `torch_impl train` has it (T5)."""
+        offsets: list[Shard] = []
+        observer: list[Callable[[int], Iterator[Shard]]] = []
+
+        def made(strategy: str) -> nn.Module:
+            model = build_network(case, place, dora_config(case))
+            if case.recompute:
+                recompute_activations(model)
+            offsets[:] = offset_shards(model)
+            observer[:] = [layer_observer(model, values=False)]
+            return model if strategy == UNSHARDED else self.shard(model, replace(case, strategy=strategy))
+
+        def observed(step: int) -> Iterator[Shard]:
+            return observer[0](step)  # a resumed run has another
+
+        yield from train(made, case, network_losses(case, place), rank=place.rank, holds=self.holds, observed=observed)
+        yield from offsets
 
 
 def plain_stack(case: StackCase, device: str) -> nn.Module:

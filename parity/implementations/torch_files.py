@@ -18,7 +18,7 @@ from parity.implementations.torch_codec import FOUR_BIT, quant_config
 from parity.implementations.torch_stack import DTYPES, shards_now
 from parity.implementations.torch_training import common_folder
 from parity.shard import Shard
-from torch_impl import apply_dora, checkpoint, load_adapter, merge_adapter, save_adapter
+from torch_impl import apply_dora, checkpoint, load_adapter, local_shards, merge_adapter, save_adapter
 
 Makes = Callable[[], nn.Module]
 WEIGHTS = "adapter_model.safetensors"
@@ -52,7 +52,7 @@ def read_shards(
     model = read(case, plain, folder)
     for name, layer in model.layers.named_children():
         yield whole(f"layers.{name}", "scaling", torch.tensor(layer.scaling, dtype=torch.float32))
-    yield from shards_now(model if case.strategy == UNSHARDED else shard(model), 0, ("parameter",))
+    yield from shards_now(local_shards(model if case.strategy == UNSHARDED else shard(model)), 0, ("parameter",))
 
 
 def whole(name: str, kind: str, tensor: torch.Tensor) -> Shard:

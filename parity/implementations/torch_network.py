@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from parity.case import NetworkCase, OffsetCase
-from parity.implementations.observed import to_numpy
+from parity.implementations.observed import Forwards, to_numpy
 from parity.inputs.network import adapter_factors, predicted_tokens, sequences, starting_magnitude
 from parity.job import Place
 from parity.shard import Shard
@@ -27,6 +28,7 @@ def build_network(case: NetworkCase | OffsetCase, place: Place, config: DoraConf
         place.model, dtype=dtype, num_hidden_layers=case.blocks, use_safetensors=True, local_files_only=True
     )
     model.config.use_cache = False
+    model.train()  # as a trainer has it: transformers computes nothing again in evaluation
     model = apply_dora(model.to(place.device), config)
     for name, layer in model.named_modules():
         if isinstance(layer, DoraLinear):
@@ -51,12 +53,14 @@ def offset_shards(model: nn.Module) -> Iterator[Shard]:
             yield Shard(name=name, kind="offset", step=0, global_shape=(), index=(), array=offset)
 
 
-def network_losses(model: nn.Module, case: NetworkCase, place: Place) -> list[Callable[[], torch.Tensor]]:
+def network_losses(
+    case: NetworkCase, place: Place
+) -> Callable[[nn.Module, int], tuple[Forwards, list[Callable[[], torch.Tensor]]]]:
     """For each step, what computes this rank's loss: `world * sum_k / N_total` (S3), or one-hot."""
     texts = [torch.from_numpy(ids).to(place.device) for ids in sequences(case, place.model)]
     total = predicted_tokens(case, place.model)
 
-    def loss(step: int) -> torch.Tensor:
+    def loss(model: nn.Module, step: int) -> torch.Tensor:
         hot = case.hot_rank(step)
         if hot is None:
             mine = texts if case.world == 1 else texts[place.rank : place.rank + 1]
@@ -64,7 +68,7 @@ def network_losses(model: nn.Module, case: NetworkCase, place: Place) -> list[Ca
         text = texts[hot] if case.twin_world else texts[place.rank]
         return _summed_loss(model, text) * (float(case.twin_world > 0 or hot == place.rank) / total)
 
-    return [lambda step=step: loss(step) for step in range(case.steps)]
+    return lambda model, step: (Forwards(), [partial(loss, model, step)])
 
 
 def _summed_loss(model: nn.Module, text: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from parity.case import UNSHARDED, Case, StackCase, SteppedCase, TrainCase
+from parity.implementations.held import Held, held
 from parity.implementations.observed import (
     Forwards,
     frozen_digests,
@@ -35,7 +36,6 @@ from parity.implementations.torch_training import (
 from parity.inputs import masks, parts, stack_inputs
 from parity.job import Place
 from parity.shard import Shard
-from torch_impl import local_shards
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -92,6 +92,10 @@ class TorchStack:
         del model, case
         return lambda _: iter(())
 
+    def holds(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Iterator[Held]:
+        """What this rank holds of a model, read from torch's own records; override it where torch keeps none."""
+        return held(model, optimizer)
+
     def refuses(self, case: Case) -> str | None:
         """By what the class attributes declare; only a stack that trains has anything to declare."""
         asked: list[tuple[str, object, tuple[object, ...]]] = [
@@ -138,7 +142,10 @@ class TorchStack:
             seen = Forwards()
             return seen, [partial(_loss_sum, model, seen, *batch) for batch in _data(case, place)[step]]
 
-        yield from train(made, case, losses, rank=place.rank, observed=lambda step: observer[0](step))  # noqa: PLW0108 - a resumed run has another
+        def observed(step: int) -> Iterator[Shard]:
+            return observer[0](step)  # a resumed run has another
+
+        yield from train(made, case, losses, rank=place.rank, holds=self.holds, observed=observed)
 
 
 def _data(case: TrainCase, place: Place) -> list[list[tuple[Tensor, ...]]]:
@@ -172,6 +179,8 @@ def _shaped(tokens: np.ndarray, case: TrainCase) -> torch.Tensor:
 
 Losses = Callable[[nn.Module, int], tuple[Forwards, list[Callable[[], Tensor]]]]
 """From the model and a step to what its forwards let one see, and what computes the sum of each."""
+Holds = Callable[..., Iterator[Held]]
+"""From a model, and an optimizer or none, to what this rank holds of them."""
 
 
 def train(
@@ -180,6 +189,7 @@ def train(
     losses: Losses,
     *,
     rank: int,
+    holds: Holds,
     observed: Callable[[int], Iterator[Shard]] = lambda _: iter(()),
 ) -> Iterator[Shard]:
     """Step, giving shards: all that a step computes, parameters and state after it, frozen weights before and after.
@@ -190,7 +200,7 @@ def train(
         torch.manual_seed(1 + rank)  # so that no two ranks could resume with each other's generator
     model = made(case.strategy)
     optimizer = optimizer_for(model, case)
-    yield from _frozen_and_adapters(model, case, 0)
+    yield from _frozen_and_adapters(holds(model), case, 0)
     for step in range(1, case.steps + 1):
         optimizer.zero_grad(set_to_none=True)
         seen, sums = losses(model, step - 1)
@@ -202,39 +212,33 @@ def train(
         yield from observed(step)
         settle_gradients(model, case)
         clip_gradients(model, case)
-        yield from shards_now(model, step, ("gradient",), frozen=True)  # a frozen tensor must have none
+        yield from shards_now(holds(model), step, ("gradient",), frozen=True)  # a frozen tensor must have none
         optimizer.step()
-        yield from shards_now(model, step, ("parameter", *case.state_kinds), optimizer)
+        yield from shards_now(holds(model, optimizer), step, ("parameter", *case.state_kinds))
         yield from settings_now(optimizer, step)
         if step == case.resumes_after < case.steps:
             yield generator_now("before", step)
             model, optimizer = resumed(model, optimizer, case, partial(made, case.resume))
             yield generator_now("after", step)
             yield from settings_now(optimizer, step)
-    yield from _frozen_and_adapters(model, case, case.steps, adapters=False)
+    yield from _frozen_and_adapters(holds(model), case, case.steps, adapters=False)
 
 
-def _frozen_and_adapters(model: nn.Module, case: SteppedCase, step: int, *, adapters: bool = True) -> Iterator[Shard]:
+def _frozen_and_adapters(
+    parts: Iterable[Held], case: SteppedCase, step: int, *, adapters: bool = True
+) -> Iterator[Shard]:
     """Parameters now; a network's frozen ones by their digests."""
-    if isinstance(case, StackCase):
-        yield from shards_now(model, step, ("parameter",), frozen=True, adapters=adapters)
-        return
-    if adapters:
-        yield from shards_now(model, step, ("parameter",))
-    yield from frozen_digests(local_shards(model), step)
+    parts = list(parts)
+    is_stack = isinstance(case, StackCase)
+    yield from shards_now(parts, step, ("parameter",), frozen=is_stack, adapters=adapters)
+    yield from () if is_stack else frozen_digests(parts, step)
 
 
 def shards_now(
-    model: nn.Module,
-    step: int,
-    kinds: tuple[str, ...],
-    optimizer: torch.optim.Optimizer | None = None,
-    *,
-    frozen: bool = False,
-    adapters: bool = True,
+    parts: Iterable[Held], step: int, kinds: tuple[str, ...], *, frozen: bool = False, adapters: bool = True
 ) -> Iterator[Shard]:
     """What this rank holds now, of the adapters, of what is frozen, or of both."""
-    for local in local_shards(model, optimizer):
+    for local in parts:
         of_adapter = local.name.endswith(("lora_A", "lora_B", "magnitude"))
         if local.kind not in kinds or not (adapters if of_adapter else frozen):
             continue

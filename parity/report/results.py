@@ -201,7 +201,7 @@ def _check_as_json(check: Check) -> dict[str, Any]:
         "step": check.step,
         "rank": check.rank,
         "index": describe_index(check.index),
-        "mode": check.mode or check.fault or check.kind,
+        "mode": check.mode or "none",
         "against": check.against,
         "clauses": list(check.clauses),
         "worst": _finite(check.worst),

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import (
 )
 
 from parity.case import Case, SteppedCase
-from parity.implementations import torch_stack
+from parity.implementations import torch_dora, torch_stack
 from parity.implementations.mutants.base import Mutant, is_sharded
 from parity.job import Place
 from torch_impl import LocalShard, inject, layers, local_shards, sharding
@@ -156,7 +156,7 @@ class ShardSwap(Mutant):
             shards = list(local_shards(model, optimizer))
             yield from _exchanged(shards, place) if is_sharded(case) else shards
 
-        return mock.patch.object(torch_stack, "local_shards", swapped)
+        return mock.patch.object(torch_dora, "local_shards", swapped)
 
 
 def _exchanged(shards: list[LocalShard], place: Place) -> Iterator[LocalShard]:
@@ -257,7 +257,7 @@ def _misplacing(case: Case, change: Callable[[LocalShard], LocalShard]) -> conte
         for shard in local_shards(model, optimizer):
             yield change(shard) if is_sharded(case) else shard
 
-    return mock.patch.object(torch_stack, "local_shards", misplaced)
+    return mock.patch.object(torch_dora, "local_shards", misplaced)
 
 
 SHARDING_MUTANTS = (

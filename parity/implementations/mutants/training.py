@@ -104,6 +104,14 @@ class LateIgnored(Mutant):
         return mock.patch.object(accumulation, "synchronised", lambda model, **_: right(model, when=True))
 
 
+class RecomputationInactive(Mutant):
+    """What is to be computed again in the backward pass is kept instead."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Run each layer as if nothing were to be computed again."""
+        return mock.patch.object(torch_stack, "recomputed", lambda layer, *told, **_: layer(*told))
+
+
 class MomentumDampened(Mutant):
     """The gradient enters the momentum by the share that the momentum leaves."""
 
@@ -176,6 +184,7 @@ TRAINING_MUTANTS = (
     MeanOfMeans,
     GradNormPerShard,
     LateIgnored,
+    RecomputationInactive,
     MomentumDampened,
     ReshardedRowsShifted,
     OptimizerStateLost,
