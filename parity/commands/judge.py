@@ -48,7 +48,7 @@ def _kind(case: Case) -> tuple:
 
 
 def _nearest(case: Case, tier: Tier, seed: int) -> TrainCase | None:
-    """An unsharded case of that kind: of the same shape and exact, if there is one."""
+    """An unsharded case of that kind: exact if there is one, as bounds may be too wide to show anything; then alike."""
     stacks = [other for other in cases_of(tier) if isinstance(other, TrainCase)]
     candidates = [dataclasses.replace(other, seed=seed) for other in stacks if _can_judge(other, case)]
     return min(candidates, key=lambda other: _rank(other, case), default=None)
@@ -62,4 +62,4 @@ def _rank(other: TrainCase, case: Case) -> tuple:
     """A case without such a field is as one that says nothing of it."""
     wanted = {name: getattr(case, name, default_of(TrainCase, name)) for name in _ALIKE}
     differences = sum(getattr(other, name) != value for name, value in wanted.items())
-    return differences, _EXACT_FIRST.index(other.inputs), len(other.id)
+    return _EXACT_FIRST.index(other.inputs), differences, len(other.id)

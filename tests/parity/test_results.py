@@ -164,7 +164,8 @@ def test_the_schema_is_a_schema():
 ODD = dataclasses.replace(
     FAILED, worst=math.inf, limit=math.nan, ratio=None, evidence=Evidence(at=(), got=math.nan, want=-math.inf)
 )
-MISSING = dataclasses.replace(FAILED, rank=-1, index=(), mode="coverage: 3 of 12 elements on no rank", evidence=None)
+LOST = "coverage: 3 of 12 elements on no rank"
+MISSING = dataclasses.replace(FAILED, rank=-1, index=(), mode="", fault=LOST, evidence=None)
 STATE = dataclasses.replace(CHECK, kind="optimizer:momentum_buffer")
 
 
