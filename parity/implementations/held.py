@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FlatParameter, FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -43,14 +43,15 @@ class Held:
 
 def held(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Iterator[Held]:
     """Every parameter of the model, its gradient where there is one, and its tensors in the optimizer's state."""
-    if any(_flat_handle(module) for module in model.modules()):
-        for prefix, module in model.named_modules():
-            yield from _held_flat(prefix, _flat_handle(module), optimizer)
-        return
+    flat = [part for prefix, module in model.named_modules() for part in _held_flat(prefix, module, optimizer)]
+    yield from flat
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # a root stays gathered after a forward without a backward
+    of_units = {part.name for part in flat}
     for name, parameter in model.named_parameters():
+        if isinstance(parameter, FlatParameter) or unwrapped(name) in of_units:
+            continue
         index = _place(parameter)
         for kind, tensor in _tensors(parameter, optimizer):
             yield Held(unwrapped(name), kind, tuple(parameter.shape), index, _local(tensor))
@@ -86,13 +87,9 @@ def _place(parameter: Tensor) -> Index:
     return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
 
-def _flat_handle(module: nn.Module) -> Any:
-    """FSDP1's record of a unit's flat parameter, or None."""
-    return module._handle if isinstance(module, FullyShardedDataParallel) else None
-
-
-def _held_flat(prefix: str, handle: Any, optimizer: torch.optim.Optimizer | None) -> Iterator[Held]:
-    """S2: each member's range of this rank's shard of the unit."""
+def _held_flat(prefix: str, module: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[Held]:
+    """S2: each member's range of this rank's shard of the unit; nothing where the module is none."""
+    handle: Any = module._handle if isinstance(module, FullyShardedDataParallel) else None
     if handle is None:
         return
     flat = handle.flat_param

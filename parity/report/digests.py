@@ -1,4 +1,7 @@
-"""Short digests of code and cases: whether something is still what it was. Comments and docstrings do not count."""
+"""Short digests of code and cases: whether something is still what it was, under any version of Python.
+
+Comments, docstrings and empty lines do not count.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import ast
 import dataclasses
 import hashlib
 import importlib.util
+import io
 import re
+import tokenize
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +27,7 @@ _LENGTH = 16
 def judge_digest() -> str:
     """Of all code that makes inputs and expectations, and compares."""
     files = sorted({path for pattern in _JUDGE for path in ROOM.glob(pattern)})
-    return _short("".join(f"{path.relative_to(ROOM)} {_said(_tree(path))}" for path in files))
+    return _short("".join(f"{path.relative_to(ROOM)} {_said(path)}" for path in files))
 
 
 def case_digest(case: Case) -> str:
@@ -35,10 +40,10 @@ def case_digest(case: Case) -> str:
 def mutant_digests() -> dict[str, str]:
     """Of each class of a mutant, with what all of `torch_impl`'s share."""
     folder = ROOM / "implementations" / "mutants"
-    shared = _said(_tree(folder / "base.py"))
+    shared = _said(folder / "base.py")
     files = [*sorted(folder.glob("*.py")), folder.with_name("jax_mutants.py")]
-    classes = [node for path in files for node in _tree(path).body if isinstance(node, ast.ClassDef)]
-    return {node.name: _short(shared + _said(node)) for node in classes}
+    classes = [(path, node) for path in files for node in _tree(path).body if isinstance(node, ast.ClassDef)]
+    return {node.name: _short(shared + _said(path, node)) for path, node in classes}
 
 
 @cache
@@ -66,7 +71,7 @@ def _function_digest(path: str) -> str:
     file = _reference().joinpath(*module.split(".")).with_suffix(".py")
     for node in _tree(file).body if file.exists() else ():
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
-            return _short(_said(node))
+            return _short(_said(file, node))
     return ""
 
 
@@ -84,18 +89,33 @@ def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def _said(tree: ast.AST) -> str:
-    """The code, without docstrings, comments and layout."""
-    return "".join(ast.dump(node) for node in _statements(tree))
+def _said(path: Path, node: ast.FunctionDef | ast.ClassDef | None = None) -> str:
+    """The code of a definition with its decorators, or of the whole file."""
+    lines = _code_lines(path)
+    if node is not None:
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        lines = lines[first - 1 : node.end_lineno]
+    return "\n".join(filter(None, lines))
 
 
-def _statements(tree: ast.AST) -> list[ast.AST]:
-    copy = ast.parse(ast.unparse(tree))
-    for node in ast.walk(copy):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            node.body = [part for part in body if not _is_text(part)]  # pyright: ignore[reportAttributeAccessIssue]
-    return [copy]
+@cache
+def _code_lines(path: Path) -> tuple[str, ...]:
+    """A file's lines, empty where there is no code. Not by `ast.dump`, which each version of Python does otherwise."""
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for text_node in _texts(_tree(path)):
+        lines[text_node.lineno - 1 : text_node.end_lineno] = [""] * (text_node.end_lineno - text_node.lineno + 1)
+    return tuple(line.rstrip() for line in lines)
+
+
+def _texts(tree: ast.Module) -> list[ast.Expr]:
+    """Docstrings, of fields and constants too; each has its lines to itself."""
+    bodies = (getattr(node, "body", None) for node in ast.walk(tree))
+    return [part for body in bodies if isinstance(body, list) for part in body if _is_text(part)]
 
 
 def _is_text(node: ast.AST) -> bool:

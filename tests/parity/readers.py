@@ -1,7 +1,7 @@
 """Implementations whose shards parity reads itself, from torch's records. Ranks import them."""
 
 import torch
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard
 
 from parity.implementations.torch_dora import TorchDora
@@ -43,6 +43,17 @@ class ByColumns(TorchStack):
         for layer in model.layers:
             fully_shard(layer, shard_placement_fn=lambda parameter: Shard(parameter.dim() - 1))
         return fully_shard(model)
+
+
+class Ignoring(ByColumns):
+    """Leaves the magnitudes out of FSDP1's units: each rank has its own gradient of them."""
+
+    strategies = ("none", "fsdp1")
+
+    def shard(self, model, case):  # noqa: ARG002 - the hook's form
+        """One unit; FSDP refuses nothing."""
+        ignored = [layer.magnitude for layer in model.layers]
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), ignored_states=ignored)
 
 
 class Misread(ByColumns):

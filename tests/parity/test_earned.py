@@ -111,23 +111,36 @@ def test_a_digest_sees_declarations_and_not_seeds():
 
 
 def test_a_digest_sees_code_and_not_words(tmp_path, monkeypatch):
-    """Docstrings, comments and layout may change; a constant may not."""
+    """Docstrings, comments and empty lines may change; a constant may not."""
     first = tmp_path / "shard.py"
 
     def digest(text):
         first.write_text(text, encoding="utf-8")
         digests.judge_digest.cache_clear()
         digests._tree.cache_clear()
+        digests._code_lines.cache_clear()
         return digests.judge_digest()
 
     monkeypatch.setattr(digests, "ROOM", tmp_path)
     plain = digest("def f(x):\n    return 2 * x\n")
-    told = digest('def f(x):\n    """Twice."""\n    return 2*x  # twice\n')
+    told = digest('def f(x):\n    """Twice."""\n\n    return 2 * x  # twice\n')
     other = digest("def f(x):\n    return 3 * x\n")
     digests.judge_digest.cache_clear()
 
     assert plain == told
     assert plain != other
+
+
+def test_a_digest_is_made_of_lines(tmp_path):
+    """What is digested depends on the version of Python, as trees and their dumps do."""
+    file = tmp_path / "file.py"
+    file.write_text(
+        '"""Doc."""\n\n@cache\ndef f(x):\n    """Doc,\n\n    long."""\n    y = f"{x!r:>4}"  # "#"\n    return y\n',
+        "utf-8",
+    )
+    (_, f) = digests._tree(file).body
+
+    assert digests._said(file, f) == '@cache\ndef f(x):\n    y = f"{x!r:>4}"\n    return y'
 
 
 def test_every_named_function_has_a_digest():

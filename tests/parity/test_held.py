@@ -40,3 +40,12 @@ def test_a_third_party_may_cut_along_any_dimension(pipeline, implementation, sta
     (result,) = pipeline.run([(CASES[LATTICE.format("fsdp2-w2")], f"readers:{implementation}")])
 
     assert result.status == status, result.reason
+
+
+def test_what_fsdp_leaves_alone_is_judged(pipeline):
+    """A parameter outside of FSDP1's units, whose gradient nobody reduces, is taken for missing, or not looked at."""
+    (result,) = pipeline.run([(CASES[LATTICE.format("fsdp1-w2")], "readers:Ignoring")])
+
+    failed = [check for check in result.checks if not check.passed]
+    assert {check.tensor.rpartition(".")[2] for check in failed if check.step == 1} >= {"magnitude"}
+    assert not [check.fault for check in failed if "on no rank" in check.fault]
