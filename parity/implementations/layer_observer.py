@@ -1,7 +1,7 @@
 """The norm and the ratio of each DoRA layer, as its forward used them, and how often forwards were run.
 
-Both are read from what it saved for the backward pass: nothing is replaced or computed again, so what is read is what
-gradients are made from.
+Norms and ratios are read from what it saved for the backward pass: nothing is replaced or computed again, so what is
+read is what gradients are made from.
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ from parity.workers.memory import GIB
 pytestmark = pytest.mark.distributed
 
 HANG_SECONDS = 3.0
+START_SECONDS = 60.0
+"""Within which the ranks have started, on a busy machine too; with the hang far below a case's limit of two minutes."""
 MEMORY = 2 * GIB
 PLAIN = "uneven/float32-float32/plain"
 CASES = {
@@ -249,7 +251,7 @@ def test_a_hang_is_named_in_time(judge, run, name):
 
     assert result.status == "error"
     assert f"no answer within {HANG_SECONDS:g} s from rank 0 at" in result.reason
-    assert result.seconds < 3 * HANG_SECONDS
+    assert result.seconds < HANG_SECONDS + START_SECONDS
 
 
 @pytest.mark.long
