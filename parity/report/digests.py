@@ -108,7 +108,8 @@ def _code_lines(path: Path) -> tuple[str, ...]:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
     for text_node in _texts(_tree(path)):
-        lines[text_node.lineno - 1 : text_node.end_lineno] = [""] * (text_node.end_lineno - text_node.lineno + 1)
+        first, last = text_node.lineno - 1, text_node.end_lineno or text_node.lineno
+        lines[first:last] = [""] * (last - first)
     return tuple(line.rstrip() for line in lines)
 
 
