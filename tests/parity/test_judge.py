@@ -112,3 +112,17 @@ def test_s7_one_gather_more_is_seen(case):
     assert verdicts(check_collectives(case, [tensor("step", "collectives", 1, right)])) == [True]
     for more in np.eye(len(right), dtype=right.dtype):
         assert verdicts(check_collectives(case, [tensor("step", "collectives", 1, right + more)])) == [False]
+
+
+def test_an_exact_judge_comes_before_a_like_one():
+    """A bounded judge of the same shape, whose bounds may show none of its clauses, is preferred to an exact one."""
+    narrow = ("bfloat16", "bfloat16", "one-hot", True)
+    chosen = next(
+        case
+        for case in cases_of("quick")
+        if isinstance(case, TrainCase) and (case.base, case.compute, case.inputs, case.bias) == narrow
+    )
+
+    judges = [case for case, _ in with_judges([(chosen, "torch_impl")], "quick", 0) if case != chosen]
+
+    assert [judge.inputs for judge in judges] == ["lattice"]
