@@ -6,18 +6,39 @@ VENV := .venv
 BIN := $(VENV)/bin
 RESULTS ?= results
 ARGS ?=
+# `make gpu`: which part, where, and what is brought along for which Python and CUDA
+PART ?= all
+DEVICE ?= cuda
+CARRIED ?= .carried
+CARRIED_PYTHON ?= 3.12
+CARRIED_CUDA ?= 130
+CARRIED_PACKAGES := bitsandbytes tyro typeguard docstring_parser allpairspy gguf
 # Processes that share the tests, a file at a time, in the order of tests/conftest.py: one more than cores, as many wait.
 WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -q --durations=15
 SHARED := --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
-.PHONY: parity full mutants mutation mutation-map test test-long format check lint types unit installed clean
+# What Python compiles is kept: tests start processes by the hundred, and pip compiles nothing.
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: parity full gpu carried mutants mutation mutation-map test test-long format check lint types unit installed clean
 
 parity: $(VENV)/installed  ## the quick tier: verdict on the terminal, results in results/quick.json
 	$(BIN)/dora-parity run --tier quick --json $(RESULTS)/quick.json $(ARGS)
 
 full: $(VENV)/installed  ## every shape, world 8, and all blocks of the pretrained network
 	$(BIN)/dora-parity run --tier full --json $(RESULTS)/full.json $(ARGS)
+
+gpu:  ## what only a GPU can show, into results/gpu.json; nothing is installed: see CONTRIBUTING
+	PYTHONPATH=$(CARRIED) $(PYTHON) -m parity gpu --part $(PART) --device $(DEVICE) --json $(RESULTS)/gpu.json $(ARGS)
+
+carried:  ## what a machine with torch, JAX and transformers may lack, for one without a network: some 7 MiB
+	rm -rf $(CARRIED)
+	$(PYTHON) -m pip install --quiet --target $(CARRIED) --no-deps --no-compile --only-binary=:all: \
+		--python-version $(CARRIED_PYTHON) --platform manylinux_2_24_x86_64 --platform manylinux2014_x86_64 \
+		--constraint constraints.txt $(CARRIED_PACKAGES)
+	find $(CARRIED)/bitsandbytes -name 'libbitsandbytes_*.so' ! -name '*_cpu.so' ! -name '*_cuda$(CARRIED_CUDA).so' -delete
+	du -sh $(CARRIED)
 
 mutants: $(VENV)/installed  ## every known bug, planted; each must be found
 	$(BIN)/dora-parity mutants
@@ -62,7 +83,7 @@ installed: $(VENV)/installed  ## the virtual environment, with the versions of c
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11 to 3.13 is needed, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:

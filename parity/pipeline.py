@@ -287,8 +287,8 @@ def _has_layout(case: Case) -> TypeGuard[TrainCase | StartCase]:
 def layout_case(case: TrainCase | StartCase) -> TrainCase:
     """The case less what no layout depends on, so that one answer serves many."""
     kept = ("strategy", "world", "layers", "rank", "base", "bias", "replicas")
-    method = case.method if isinstance(case, TrainCase) else "dora"
-    return TrainCase(link="shards", method=method, **{name: getattr(case, name) for name in kept})
+    stepped = ("method", "units", "param_dtype") if isinstance(case, TrainCase) else ()
+    return TrainCase(link="shards", **{name: getattr(case, name) for name in (*kept, *stepped)})
 
 
 def limit_seconds(case: Case) -> float:

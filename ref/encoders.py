@@ -94,7 +94,7 @@ def _bnb_cpu_nibbles(
     safe_S = np.maximum(absmax_S, SMALLEST_SCALE)
     reciprocal_N = _each(np.float32(1) / safe_S, blocksize, whole)
     scaled_N = np.concatenate([W_N[:whole] * reciprocal_N, W_N[whole:] / safe_S[-1]])
-    order = np.argsort(code, stable=True)
+    order = np.lexsort([code])  # equal values stay in the order of their codes
     q_N = order[np.searchsorted(_middles(code[order]), np.clip(scaled_N, -1, 1), side="left")].astype(np.uint8)
 
     return q_N, np.concatenate([absmax_S[: whole // blocksize], safe_S[whole // blocksize :]])

@@ -160,6 +160,28 @@ class UnitMember:
     trainable: bool
     """Whether autograd gives it a gradient."""
 
+    castable: bool = False
+    """Whether `param_dtype` may change what it travels as: a frozen dense weight or norm; never adapters (D11), packed
+    bytes (S6) or biases."""
+
+
+def block_units(
+    members: Sequence[UnitMember], *, strategy: Strategy, param_dtype: str | None
+) -> list[list[UnitMember]]:
+    """S7: the units of one block that is gathered as a whole; members keep their order within each.
+
+    FSDP2's collectives carry several dtypes at once: a block is one unit, and members that `param_dtype` would cast are
+    another, since a unit has one `param_dtype`, which must reach nothing else. In FSDP1 a unit is a flat parameter, of
+    one dtype, with gradients for all of it or for none: what is frozen is one unit a dtype, what trains another.
+    """
+    units: dict[tuple[bool, bool, str], list[UnitMember]] = {}
+    for member in members:
+        is_cast = member.castable and param_dtype is not None and member.dtype != param_dtype
+        alike = (member.trainable, member.dtype) if strategy != "fsdp2" else (False, "")
+        units.setdefault((not is_cast, *alike), []).append(member)
+
+    return [unit for _, unit in sorted(units.items())]
+
 
 def check_unit(members: Sequence[UnitMember], *, strategy: Strategy) -> None:
     """S7: one unit's parameters are gathered and reduced together, and have to be alike for it.

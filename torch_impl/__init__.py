@@ -11,15 +11,16 @@ import logging
 # It warns that an optional kernel for its own layer is absent; that layer is never run here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-from torch_impl.adapter_files import load_adapter, save_adapter
-from torch_impl.bases import DenseBase, FrozenBias, PackedBase
 from torch_impl.config import DoraConfig, QuantConfig, ShardConfig
 from torch_impl.errors import DoraError
+from torch_impl.files.adapter import load_adapter, save_adapter
 from torch_impl.inject import apply_dora
-from torch_impl.layers import DoraLayer, DoraLinear
+from torch_impl.layers.bases import DenseBase, FrozenBias, PackedBase
+from torch_impl.layers.dora import DoraLayer, DoraLinear
 from torch_impl.merge import merge_adapter
-from torch_impl.sharding import shard_model
-from torch_impl.shards import LocalShard, local_shards
+from torch_impl.sharding.apply import shard_model
+from torch_impl.sharding.local_shards import LocalShard, local_shards
+from torch_impl.training.watching import watched
 
 __all__ = [
     "DenseBase",
@@ -38,4 +39,5 @@ __all__ = [
     "merge_adapter",
     "save_adapter",
     "shard_model",
+    "watched",
 ]

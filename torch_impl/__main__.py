@@ -37,10 +37,10 @@ def _train(words: list[str]) -> int:
     fix_kernels()
     import tyro  # noqa: PLC0415 - as below, after the usage line
 
-    from torch_impl import job  # noqa: PLC0415
     from torch_impl.errors import DoraError  # noqa: PLC0415
-    from torch_impl.options import TrainOptions, from_file  # noqa: PLC0415
-    from torch_impl.train import train  # noqa: PLC0415
+    from torch_impl.training import job  # noqa: PLC0415
+    from torch_impl.training.options import TrainOptions, from_file  # noqa: PLC0415
+    from torch_impl.training.train import train  # noqa: PLC0415
 
     place = job.seat()
     if place.world_size > 1 and not place.launched:
@@ -70,8 +70,8 @@ def _train(words: list[str]) -> int:
 def _alone(verb: str, words: list[str]) -> int:
     """The verbs of one process: judge a run that hasn't begun, merge or export what one has left."""
     from torch_impl.errors import DoraError  # noqa: PLC0415 - after the usage line
-    from torch_impl.export import export_command, merge_command  # noqa: PLC0415
-    from torch_impl.preflight_command import command  # noqa: PLC0415
+    from torch_impl.preflight.command import command  # noqa: PLC0415
+    from torch_impl.training.export import export_command, merge_command  # noqa: PLC0415
 
     try:
         return {"preflight": command, "merge": merge_command, "export": export_command}[verb](words)

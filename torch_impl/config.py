@@ -11,12 +11,11 @@ from typing import Literal, get_args
 import torch
 
 from torch_impl.errors import DtypeError, OptionError, RankError, ScalingError, ShardingError, StorageError, TargetError
+from torch_impl.strategies import STRATEGIES, Strategy, StrategyName
 
 ALL_LINEAR = "all-linear"
 Method = Literal["dora", "lora"]
-Strategy = Literal["fsdp2", "fsdp1", "fsdp1-orig", "fsdp1-hybrid", "hsdp", "ddp", "none"]
-REPLICATED = ("hsdp", "fsdp1-hybrid")
-"""Strategies with replicas of shards (S9)."""
+Units = Literal["block", "layer"]
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those that the four-bit decoder writes, too
 STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -117,36 +116,50 @@ class DoraConfig:
 
 @dataclass(frozen=True)
 class ShardConfig:
-    """How `shard_model` cuts a model; the units are S7's (see `torch_impl.sharding`).
+    """How `shard_model` cuts a model; the units are S7's (see `torch_impl.sharding.apply`).
 
     Raises:
         ShardingError: an unknown strategy.
         DtypeError: a `param_dtype` or `reduce_dtype` that is no floating dtype.
     """
 
-    strategy: Strategy = "fsdp2"
+    strategy: StrategyName = "fsdp2"
     """`fsdp1` is torch's FSDP, `fsdp1-orig` the same with `use_orig_params=True`, `fsdp2` is `fully_shard`, `hsdp` is
     `fully_shard` on a mesh of replicas and shards and `fsdp1-hybrid` is fsdp1's HYBRID_SHARD (S9), `ddp` replicates,
     `none` leaves the model as it is."""
     param_dtype: torch.dtype | None = None
     """What dense weights, norms and embeddings are gathered as; never adapters (D11), never packed bytes (S6)."""
     reduce_dtype: torch.dtype | None = None
-    """What gradients of anything but adapters are reduced in; adapters reduce in float32 (D11)."""
+    """What gradients of anything but adapters are reduced in; adapters reduce in float32 (D11), and so does whatever
+    else trains in a block that is one unit with them."""
     shard_size: int | None = None
     """`hsdp` and `fsdp1-hybrid`: ranks that share one copy; None is half of the world, or all of an odd one."""
     reshard_after_forward: bool = True
     """Whether what was gathered for the forward is freed after it, and gathered again in the backward pass."""
     cpu_offload: bool = False
     """`fsdp2` and `hsdp` on GPUs: shards stay in host memory between uses."""
+    units: Units | None = None
+    """What is gathered together (S7): a `block` as a whole, or each `layer`'s base, bias and adapter by themselves.
+    None is `block` under `fsdp2` and `hsdp`, and `layer` under FSDP1."""
 
     def __post_init__(self) -> None:
-        if self.strategy not in get_args(Strategy):
-            raise ShardingError(
-                f"strategy {self.strategy!r} is unknown", hint=f"use one of {', '.join(get_args(Strategy))}"
-            )
-        if self.cpu_offload and self.strategy not in ("fsdp2", "hsdp"):
+        if self.strategy not in STRATEGIES:
+            raise ShardingError(f"strategy {self.strategy!r} is unknown", hint=f"use one of {', '.join(STRATEGIES)}")
+        if self.units not in (None, *get_args(Units)):
+            raise ShardingError(f"units {self.units!r} are unknown", hint="use block or layer")
+        if self.cpu_offload and not self.how.by_rows:
             raise ShardingError(f"{self.strategy} doesn't offload here", hint="use fsdp2 or hsdp, or no cpu_offload")
         for name in ("param_dtype", "reduce_dtype"):
             dtype = getattr(self, name)
             if dtype is not None and not dtype.is_floating_point:
                 raise DtypeError(f"{name} {dtype} is no floating dtype", hint="use torch.bfloat16 or None")
+
+    @property
+    def how(self) -> Strategy:
+        """How the strategy shards."""
+        return STRATEGIES[self.strategy]
+
+    @property
+    def unit_rule(self) -> Units:
+        """S7: `units`, or what the strategy has where that is left open."""
+        return self.units or ("block" if self.how.by_rows else "layer")

@@ -8,18 +8,15 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from torch import nn
 
-from torch_impl import quant
-from torch_impl.bases import DenseBase, PackedBase, TransposedBase
 from torch_impl.config import ALL_LINEAR, COMPUTE_DTYPES, DoraConfig, QuantConfig
-from torch_impl.convolution import DoraConvolution
-from torch_impl.embedding import DoraEmbedding
 from torch_impl.errors import DtypeError, RankError, StorageError, TargetError
-from torch_impl.kinds import CONVOLUTIONS, is_conv1d, is_linear, own_forward, rows_of
-from torch_impl.layers import DoraLayer, DoraLinear
-from torch_impl.phases import timed
+from torch_impl.layers import quant
+from torch_impl.layers.bases import DenseBase, PackedBase, TransposedBase
+from torch_impl.layers.dora import DoraLayer
+from torch_impl.layers.kinds import is_linear, is_linear4bit, kind_of, own_forward, rows_of
+from torch_impl.timing import timed
 
 
 def apply_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
@@ -37,12 +34,14 @@ def apply_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
         The same model.
 
     Raises:
-        TargetError: `target_modules` match nothing, or something that is no such layer.
+        TargetError: `target_modules` match nothing, or something that is no such layer; the model has adapters already,
+            or weights on the meta device.
         RankError: the rank is larger than both sides of a target.
         StorageError: an embedding or a convolution can't be packed.
         NonFiniteError: a target's weight or bias holds NaN or infinity.
         DtypeError: a target's dtype can't be computed in, and no `compute_dtype` was given.
     """
+    _refuse_unready(model)
     names = list(target_names(model, config))
     targets = [model.get_submodule(name) for name in names]
     for name, module in zip(names, targets, strict=True):
@@ -55,32 +54,43 @@ def apply_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
     return model
 
 
+def _refuse_unready(model: nn.Module) -> None:
+    """What has adapters already would keep them frozen, and what lies on meta has no norm to start from."""
+    for name, module in model.named_modules():
+        if isinstance(module, DoraLayer):
+            raise TargetError(f"{name} has an adapter already", hint="name all targets in one call of apply_dora")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise TargetError(
+                f"{name} is on the meta device: its norm, where the magnitude starts (D6), is unknown",
+                hint="load the weights first, or use torch_impl.files.materialize.materialize",
+            )
+
+
 def dora_linear(module: nn.Module, config: DoraConfig, *, name: str = "") -> DoraLayer:
-    """One DoRA layer over one layer of any kind; its weight is shared where it stays dense."""
+    """One DoRA layer over one layer of any kind; its weight is shared where it stays dense.
+
+    Raises:
+        TargetError: the module is of no kind that DoRA is defined for here.
+    """
+    kind = kind_of(module)
+    if kind is None:
+        raise TargetError(f"{name or 'the layer'} is a {type(module).__name__}", hint="see apply_dora for what can be")
     bias = getattr(module, "bias", None)
     if bias is not None:
         quant.refuse_non_finite(bias, f"{name}.bias")
     with timed("quantise" if config.quant else "take over"):
-        base = _base(module, config.quant_config, name=f"{name}.weight")
+        base = _base(module, config.quant_config, name=f"{name}.weight", transposed=kind.transposed)
     if config.compute_dtype is None and base.dtype not in COMPUTE_DTYPES:
         raise DtypeError(f"{name}.weight is {base.dtype}", hint=f"set compute_dtype to one of {COMPUTE_DTYPES}")
     with timed("adapters"):
-        return _of_kind(module, base, bias, config).train(module.training)
+        return kind.over(module, base, config).train(module.training)
 
 
-def _of_kind(module: nn.Module, base: Any, bias: nn.Parameter | None, config: DoraConfig) -> DoraLayer:
-    """The layer that stands for this kind."""
-    if isinstance(module, nn.Embedding):
-        return DoraEmbedding(base, config, padding_idx=module.padding_idx)
-    if isinstance(module, CONVOLUTIONS):
-        return DoraConvolution(base, module, config)
-    return DoraLinear(base, bias, config, kind="conv1d" if is_conv1d(module) else "linear")
-
-
-def _base(module: Any, config: QuantConfig | None, *, name: str) -> DenseBase | PackedBase:
+def _base(module: Any, config: QuantConfig | None, *, name: str, transposed: bool) -> DenseBase | PackedBase:
     """The frozen base in the storage asked for; a weight that bitsandbytes has packed keeps its bytes and state.
 
-    A Conv1D is packed as (O, I), as transformers does with bitsandbytes.
+    A transposed weight is packed as (O, I), as transformers does with bitsandbytes.
     """
     state = getattr(module.weight, "quant_state", None)
     if state is not None:
@@ -91,16 +101,15 @@ def _base(module: Any, config: QuantConfig | None, *, name: str) -> DenseBase | 
         if not quant.is_finite(tensors, packed_format):
             quant.refuse_non_finite(base.decode(base.weight, dtype=torch.float32), name)
         return base
-    if config is None and isinstance(module, Linear4bit):
+    if config is None and is_linear4bit(module):
         config = _linear4bit_config(module)
     if config is not None:
-        return PackedBase(*quant.quantize(module.weight.T if is_conv1d(module) else module.weight, config, name=name))
+        return PackedBase(*quant.quantize(module.weight.T if transposed else module.weight, config, name=name))
     quant.refuse_non_finite(module.weight, name)
-    transposed = is_conv1d(module) or isinstance(module, nn.Embedding)
     return TransposedBase(module.weight) if transposed else DenseBase(module.weight)
 
 
-def _linear4bit_config(linear: Linear4bit) -> QuantConfig:
+def _linear4bit_config(linear: Any) -> QuantConfig:
     """The storage that a Linear4bit would take when moved to its device."""
     weight = linear.weight
     return QuantConfig(weight.quant_type, weight.blocksize, weight.compress_statistics, weight.quant_storage)
@@ -158,6 +167,12 @@ def refuse_target(name: str, module: nn.Module, config: DoraConfig) -> None:
     if own_forward(module):
         raise TargetError(
             f"{name} is a {kind}, whose forward is its own", hint="leave it out: its adapter would compute without it"
+        )
+    weight: Any = getattr(module, "weight", None)
+    if weight is not None and not weight.dtype.is_floating_point and not is_linear4bit(module):
+        raise TargetError(
+            f"{name}.weight is {weight.dtype}, and means nothing without its scales",
+            hint="load the model unquantised, or in bitsandbytes' 4 bits",
         )
     for option in ("max_norm", "scale_grad_by_freq"):
         if getattr(module, option, None):

@@ -3,13 +3,11 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from torch_impl.convolution import DoraConvolution
-from torch_impl.embedding import DoraEmbedding
 from torch_impl.errors import ShardingError
-from torch_impl.layers import DoraLayer
-from torch_impl.shards import is_sharded
+from torch_impl.layers.dora import DoraLayer
+from torch_impl.wrappers import is_sharded
 
 
 @torch.no_grad()
@@ -40,32 +38,12 @@ def merge_adapter(model: nn.Module) -> nn.Module:
 def _merged(layer: DoraLayer) -> nn.Module:
     """One layer as the plain one of its kind."""
     weight = layer.merged_weight().to(layer.base.dtype)
-    plain = _plain(layer)
-    plain.weight = nn.Parameter(_as_stored(layer, weight), requires_grad=False)
+    plain: Any = layer.plain()
+    stored = weight.T.contiguous() if layer.transposed else weight
+    plain.weight = nn.Parameter(stored, requires_grad=False)
     if layer.bias is not None:
         plain.bias = nn.Parameter(layer.bias.value.detach().clone(), requires_grad=False)
     return plain.train(layer.training)
-
-
-def _as_stored(layer: DoraLayer, weight: Tensor) -> Tensor:
-    """The weight in the plain layer's orientation, from rows."""
-    return weight.T.contiguous() if layer.rows.kind in ("conv1d", "embedding") else weight
-
-
-def _plain(layer: DoraLayer) -> nn.Module:
-    """The kind of layer that it stands for, without weights."""
-    rows, bias = layer.rows, layer.bias is not None
-    if isinstance(layer, DoraConvolution):
-        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(rows.row) - 2]
-        return kind(**layer.settings, bias=bias, device="meta")
-    if isinstance(layer, DoraEmbedding):
-        return nn.Embedding(rows.length, rows.out, padding_idx=layer.padding_idx, device="meta")
-    if rows.kind == "conv1d":
-        from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 - loaded already, or there would be no such layer
-
-        with torch.device("meta"):
-            return Conv1D(rows.out, rows.length)
-    return nn.Linear(rows.length, rows.out, bias=bias, device="meta")
 
 
 def _ties_broken(model: Any) -> bool:

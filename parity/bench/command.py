@@ -12,6 +12,7 @@ from parity.bench.picture import draw
 from parity.errors import CannotRun, NoCaseMatches
 from parity.report.environment import describe
 from parity.report.results import write_json
+from torch_impl.layers.products import float32_kernel
 
 SCHEMA = 1
 
@@ -24,7 +25,7 @@ def run_bench(keep: str, json: Path | None, plot: Path | None, console: Console)
     """
     chosen = choose(keep)
     rows: list[Row] = []
-    environment = describe("cpu")
+    environment = describe("cpu") | {"float32_product": float32_kernel()}
     _write(json, environment, rows, complete=False)  # a place that cannot be written is known at once
     if plot:
         draw(rows, plot)
@@ -77,6 +78,8 @@ def amount(value: float, unit: str) -> str:
     """Seconds or bytes, in a reader's units."""
     if unit == "B":
         return f"{value / 2**20:.0f} MiB"
+    if not unit:
+        return f"{value:g}"
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
 
 

@@ -21,8 +21,8 @@ from parity.bench.measure import Row, compare, take_turns
 from parity.models.pretrained import locate, token_ids
 from ref import checkpoint, finetune, llama, mesh, training
 from torch_impl import DoraConfig
-from torch_impl.materialize import materialize
-from torch_impl.optim import cross_entropy_sum
+from torch_impl.files.materialize import materialize
+from torch_impl.training.optim import cross_entropy_sum
 
 DEVICES, SEQUENCES, LENGTH, RANK, ALPHA, LR = 4, 4, 64, 8, 16.0, 1e-3
 ROUNDS = 7

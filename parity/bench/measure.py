@@ -21,7 +21,7 @@ class Row:
     ratio: float
     limit: float
     unit: str = "s"
-    """`s`; or `B`, where the two are bytes of memory."""
+    """`s`; `B` where the two are bytes of memory; empty where they are counts."""
 
     @property
     def holds(self) -> bool:

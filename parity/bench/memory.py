@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import torch
 
-from parity.bench.groups import end_with_parent
+from parity.bench.child import end_with_parent
 from parity.bench.measure import Row
 from parity.bench.network import TOKENS, ours, step
 from parity.models.pretrained import locate, token_ids
-from torch_impl.optim import host_memory
+from torch_impl.memory import host_memory
 
 SECONDS = 300
 """How long one of the processes may take."""
@@ -26,7 +26,9 @@ def rows() -> Iterator[Row]:
 def peak_of(method: str) -> int:
     """Bytes, of a process of its own."""
     command = [sys.executable, "-m", __name__, method]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=SECONDS)  # noqa: S603 - ours
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, timeout=SECONDS)  # noqa: S603 - ours
+    if done.returncode:  # its last line is the reason
+        sys.exit(done.returncode)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from parity.bench.measure import Row, compare, take_turns
 from parity.models.pretrained import locate, token_ids
 from torch_impl import DoraConfig
-from torch_impl.materialize import materialize
+from torch_impl.files.materialize import materialize
 
 TOKENS, RANK, ROUNDS = 256, 16, 7
 METHODS = {"lora": ("lora", None), "dora": ("dora", None), "qlora": ("lora", "nf4"), "qdora": ("dora", "nf4")}

@@ -9,7 +9,7 @@ from parity.bench.measure import Row, compare, take_turns
 from parity.bench.network import RANK, in_four_bits
 from parity.models.pretrained import locate
 from torch_impl import DoraConfig, apply_dora
-from torch_impl.materialize import materialize
+from torch_impl.files.materialize import materialize
 
 ROUNDS = 3
 

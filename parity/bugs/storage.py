@@ -67,7 +67,7 @@ STORAGE = (
         effect="finite garbage, no warning",
         source="bitsandbytes#1945",
         clauses=("S6",),
-        keep="stack/one-hot and fsdp2-w3/uneven/nf4-float32/plain",
+        keep="stack/one-hot and fsdp2-w2/uneven/nf4-float32 and recompute and units-layer",
         kills=GRADIENTS,
     ),
 )

@@ -17,6 +17,7 @@ _VALUES = {
     "storage": "storage-",
     "param_dtype": "wire-",
     "reduce_dtype": "reduce-",
+    "units": "units-",
     "optimizer": "by-",
     "accumulate": "accumulate-",
     "clip": "clip-",

@@ -19,7 +19,7 @@ class SteppedCase(Case):
     task: ClassVar[Task] = "train"
     without_effect: ClassVar[tuple[str, ...]] = (
         *Case.without_effect,
-        *("param_dtype", "reduce_dtype", "late", "recompute", "resume", "keep_gathered", "counted"),
+        *("param_dtype", "reduce_dtype", "late", "recompute", "resume", "keep_gathered", "counted", "units"),
     )
     """The wire's dtypes, which adapters are never cast to, and how a step is made."""
 
@@ -45,6 +45,8 @@ class SteppedCase(Case):
     """What FSDP casts the dense base weight to on the wire; None leaves it."""
     reduce_dtype: Compute | None = None
     """What FSDP reduces gradients of anything but adapters in (T4); None leaves it."""
+    units: Literal["", "block", "layer"] = ""
+    """What is gathered together (S7); empty is what the strategy has by itself."""
     counted: bool = False
     """Whether the collectives of each step are counted (S7, S9, S11, T5)."""
     twin_world: int = 0
@@ -66,6 +68,11 @@ class SteppedCase(Case):
     def weight_decay(self) -> float:
         """AdamW's."""
         return 2.0**-6
+
+    @property
+    def unit_rule(self) -> str:
+        """S7: `block` or `layer`."""
+        return self.units or ("block" if self.strategy in {"fsdp2", "hsdp"} else "layer")
 
     @property
     def state_kinds(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from parity.cases.narrow import narrow_cases
 from parity.cases.pretrained import pretrained_cases
 from parity.cases.stacks import stack_cases
 from parity.cases.training import training_cases
+from parity.cases.units import unit_cases, with_other_units
 
 Tier = Literal["quick", "full"]
 TIERS: tuple[Tier, ...] = ("quick", "full")
@@ -39,12 +40,16 @@ def _cases_of(tier: Tier) -> tuple[Case, ...]:
         *stack_cases(tier),
         *narrow_cases(),
         *mesh_cases(tier),
+        *unit_cases(),
         *training_cases(tier),
         *file_cases(),
         *pretrained_cases(tier),
     ]
     known = {case.id for case in cases}
     cases += [case for case in covering_cases() if case.id not in known]  # plain rows stand above already
+    if tier == "full":
+        known = {case.id for case in cases}
+        cases += [case for case in with_other_units(cases) if case.id not in known]
     return tuple(sorted(cases, key=_place))
 
 

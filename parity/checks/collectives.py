@@ -1,7 +1,8 @@
 """How often a step gathers and reduces: what the units of S7, the reduction of S9 and a deferred one (T5) come to.
 
-Counted from the case alone. A layer has two units, its base weight and its adapter, and a third where it has a bias;
-the stack itself has no parameter and hence no unit.
+Counted from the case alone. A layer of a stack is a block of its own: one unit, or two where its dense weight is cast
+on the wire. Cut by layers it has two units, its base weight and its adapter, and a third where it has a bias. The stack
+itself has no parameter and hence no unit.
 """
 
 from __future__ import annotations
@@ -23,10 +24,23 @@ def expected_collectives(case: TrainCase) -> np.ndarray:
     all-reduce what each row of the mesh has reduced (S9).
     """
     layers = len(case.layers)
-    again = 2 * layers + (layers if case.bias and not case.strategy.startswith("fsdp1") else 0)
-    gathers = (3 if case.bias else 2) * layers + (0 if case.keep_gathered else again)
+    if case.unit_rule == "block":
+        units = again = _units_of_a_block(case) * layers
+    else:
+        units = (3 if case.bias else 2) * layers
+        again = 2 * layers + (layers if case.bias and not case.strategy.startswith("fsdp1") else 0)
+    gathers = units + (0 if case.keep_gathered else again)
     reductions = layers * (1 if case.late else case.accumulate)
     return np.array([gathers * case.accumulate, reductions, reductions if case.copies > 1 else 0])
+
+
+def _units_of_a_block(case: TrainCase) -> int:
+    """A weight that is cast is apart. Under FSDP1 so is the adapter, and a bias of another dtype than the base's."""
+    packed = case.base in {"nf4", "fp4"}
+    is_cast = not packed and case.param_dtype not in {None, case.base}
+    if not case.strategy.startswith("fsdp1"):
+        return 2 if is_cast else 1
+    return 2 + (case.bias and (packed or is_cast))
 
 
 def check_collectives(case: TrainCase, shards: list[Shard]) -> list[Check]:

@@ -112,6 +112,26 @@ def bench(
     return run_bench(only, json, plot, Console())
 
 
+@app.command(name="gpu")
+def gpu(
+    part: Annotated[str, arg(metavar="{suite,codec,jax,bench,all}")] = "all",
+    device: Annotated[str, arg(metavar="{cpu,cuda}")] = "cuda",
+    json: Annotated[Path, arg(metavar="FILE")] = Path("results/gpu.json"),
+    keep: Annotated[str, arg(aliases=["-k"], metavar="NAME")] = "",
+) -> int:
+    """Show what only a GPU can: the suite, bitsandbytes' kernels, the reference in JAX, and times, on the device.
+
+    At most eight minutes a part. All that is found goes into one file; a part that is in it already is not run again.
+    --device cpu runs all of it without a GPU, to see that it runs. --keep takes findings whose name contains NAME (of
+    the suite: cases, by `run`'s expressions).
+
+    Example: dora-parity gpu --part codec
+    """
+    from parity.gpu.command import run_parts  # noqa: PLC0415
+
+    return run_parts(part, device, keep, json, Console())
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM: what happens at Ctrl-C happens too, and the exit status says which it was."""
 

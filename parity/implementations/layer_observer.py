@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from parity.implementations.observed import to_numpy, whole_shard
 from parity.shard import Shard
-from torch_impl.layers import DoraLayer
+from torch_impl.layers.dora import DoraLayer
 
 _RATIO, _NORM = 3, 4
-"""Where `DoraProduct` and `RuleProduct` keep c and n among their saved tensors."""
+"""Where `RuleProduct` keeps c and n among its saved tensors; None where there is no magnitude."""
 
 
 def layer_observer(model: nn.Module, *, values: bool) -> Callable[[int], Iterator[Shard]]:
@@ -52,5 +52,5 @@ def _count(counts: Counter[str], name: str, *_: Any) -> None:
 def _keep(seen: dict[str, tuple[Tensor, Tensor]], name: str, *hooked: Any) -> None:
     """Copy c and n of a forward that is differentiated; the last one of a step stays. Another product gives none."""
     saved: Any = getattr(getattr(hooked[-1], "grad_fn", None), "saved_tensors", ())
-    if len(saved) > _NORM:
+    if len(saved) > _NORM and saved[_NORM] is not None:
         seen[name] = (saved[_RATIO].clone(), saved[_NORM].clone())

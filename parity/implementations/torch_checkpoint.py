@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from parity.case import UNSHARDED, CheckpointCase
 from parity.implementations.torch_files import whole
@@ -15,7 +16,7 @@ from parity.inputs.llama import llama_sizes, llama_weights
 from parity.job import Place
 from parity.shard import Shard
 from torch_impl import DoraConfig, DoraLinear, local_shards
-from torch_impl.materialize import materialize
+from torch_impl.files.materialize import materialize
 
 
 def packed_shards(case: CheckpointCase, place: Place, shard: Callable[[nn.Module], nn.Module]) -> Iterator[Shard]:
@@ -29,6 +30,9 @@ def packed_shards(case: CheckpointCase, place: Place, shard: Callable[[nn.Module
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, DoraLinear)}
     model = model if case.strategy == UNSHARDED else shard(model)
     yield from shards_now(local_shards(model), 0, ("parameter",), frozen=True)
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.unshard()  # a base by itself is no unit: its block's forward would gather it
     for name, layer in layers.items():
         with torch.no_grad():
             weight = layer.base(lambda base: base.decode(base.weight, dtype=dtype))

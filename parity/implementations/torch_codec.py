@@ -12,7 +12,8 @@ from parity.implementations.torch_stack import DTYPES
 from parity.inputs import stack_inputs
 from parity.job import Place
 from parity.shard import Shard, whole_index
-from torch_impl import QuantConfig, quant
+from torch_impl import QuantConfig
+from torch_impl.layers import quant
 
 FOUR_BIT = ("nf4", "fp4")
 """Bases that are coded."""

@@ -46,7 +46,7 @@ from torch_impl import (
     save_adapter,
     shard_model,
 )
-from torch_impl.materialize import recompute_activations
+from torch_impl.files.materialize import recompute_activations
 
 
 class TorchDora(TorchStack):
@@ -108,6 +108,7 @@ class TorchDora(TorchStack):
                 param_dtype=DTYPES.get(case.param_dtype or ""),
                 reduce_dtype=DTYPES.get(case.reduce_dtype or ""),
                 reshard_after_forward=not case.keep_gathered,
+                units=case.units or None,
             )
         return shard_model(model, config)
 

@@ -18,7 +18,8 @@ from parity.implementations.torch_codec import FOUR_BIT, quant_config
 from parity.implementations.torch_stack import DTYPES, shards_now
 from parity.implementations.torch_training import common_folder
 from parity.shard import Shard
-from torch_impl import apply_dora, checkpoint, load_adapter, local_shards, merge_adapter, save_adapter
+from torch_impl import apply_dora, load_adapter, local_shards, merge_adapter, save_adapter
+from torch_impl.files import checkpoint
 
 Makes = Callable[[], nn.Module]
 WEIGHTS = "adapter_model.safetensors"

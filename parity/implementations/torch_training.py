@@ -18,8 +18,9 @@ from parity.case import SteppedCase
 from parity.folders import own_prefix
 from parity.implementations.observed import whole_shard
 from parity.shard import Shard
-from torch_impl import checkpoint, optim
-from torch_impl.accumulation import backpropagate
+from torch_impl.files import checkpoint
+from torch_impl.training import optim
+from torch_impl.training.accumulation import backpropagate
 
 
 def optimizer_for(model: nn.Module, case: SteppedCase, *, rate: float | None = None) -> Optimizer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import get_args
+from typing import cast, get_args
 
 from parity.case import TrainCase
 from parity.oracle.prediction import LayoutQuestion, Layouts
@@ -22,34 +22,57 @@ Member = tuple[str, tuple[int, ...], int]
 def predict_layout(question: LayoutQuestion) -> Layouts:
     """FSDP2 cuts dim 0; FSDP1 cuts each unit's flat parameter. World 1 is not cut at all, nor are replicas."""
     layouts: Layouts = {}
-    for unit in _units(question.case):
-        _require_alike(question.case, unit)
-        for rank in range(question.case.world):
-            layouts |= {(name, rank): index for name, index in _unit_layout(question.case, unit, rank)}
+    case = question.case
+    if case.base in CODES:
+        rules.wire_dtype(STACK_STORAGE, param_dtype=case.param_dtype)
+    for unit in _units(case):
+        _require_alike(case, unit)
+        for rank in range(case.world):
+            layouts |= {(name, rank): index for name, index in _unit_layout(case, unit, rank)}
     return layouts
 
 
 def _units(case: TrainCase) -> Iterator[list[Member]]:
-    """S7: a layer's A, B and magnitude share a unit, in this order; its base weight and its bias have one each."""
+    """S7: a layer of a stack is a block; cut by layers, its base weight and bias and its adapter have one unit each."""
     width = 2 if case.base == "bfloat16" else 4
     for position, (fan_in, fan_out) in enumerate(case.layers):
         name = f"layers.{position}"
         shape, stored_width = stored_shape(case, (fan_out, fan_in))
-        yield [(f"{name}.base.weight", shape, stored_width)]
-        if case.bias:
-            yield [(f"{name}.bias.value", (fan_out,), width)]
-        adapter = [(f"{name}.lora_A", (case.rank, fan_in), 4), (f"{name}.lora_B", (fan_out, case.rank), 4)]
-        yield [*adapter, *([(f"{name}.magnitude", (fan_out,), 4)] if case.method == "dora" else [])]
+        base: list[Member] = [(f"{name}.base.weight", shape, stored_width)]
+        bias: list[Member] = [(f"{name}.bias.value", (fan_out,), width)] if case.bias else []
+        adapter: list[Member] = [
+            (f"{name}.lora_A", (case.rank, fan_in), 4),
+            (f"{name}.lora_B", (fan_out, case.rank), 4),
+        ]
+        adapter += [(f"{name}.magnitude", (fan_out,), 4)] if case.method == "dora" else []
+        if case.unit_rule == "layer":
+            yield from filter(None, (base, bias, adapter))
+            continue
+        members = {member[0]: member for member in (*adapter, *base, *bias)}
+        as_units = _as_units(case, [*members.values()])
+        for unit in rules.block_units(as_units, strategy=_cut(case), param_dtype=case.param_dtype):
+            yield [members[member.name] for member in unit]
+
+
+def _as_units(case: TrainCase, members: list[Member]) -> list[rules.UnitMember]:
+    """What decides whether they may share a unit."""
+    dense = () if case.base in CODES else ("base.weight",)
+    return [
+        rules.UnitMember(name, _STORED[width], name.endswith(_TRAINED), castable=name.endswith(dense))
+        for name, _, width in members
+    ]
 
 
 def _require_alike(case: TrainCase, unit: list[Member]) -> None:
-    """S6, S7: what the reference would refuse to send as it is, or to put into one unit, has no layout."""
-    if case.base in CODES:
-        rules.wire_dtype(STACK_STORAGE, param_dtype=case.param_dtype)
-    strategy = {"fsdp1-hybrid": "fsdp1", "hsdp": "fsdp2"}.get(case.strategy, case.strategy)
+    """S7: what the reference would refuse to put into one unit has no layout."""
+    strategy = _cut(case)
     if strategy in get_args(rules.Strategy):
-        members = [rules.UnitMember(name, _STORED[width], name.endswith(_TRAINED)) for name, _, width in unit]
-        rules.check_unit(members, strategy=strategy)
+        rules.check_unit(_as_units(case, unit), strategy=strategy)
+
+
+def _cut(case: TrainCase) -> rules.Strategy:
+    """How each row of a mesh is cut."""
+    return cast("rules.Strategy", {"fsdp1-hybrid": "fsdp1", "hsdp": "fsdp2"}.get(case.strategy, case.strategy))
 
 
 def _unit_layout(case: TrainCase, unit: list[Member], rank: int) -> list[tuple[str, Index]]:

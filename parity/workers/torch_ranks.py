@@ -28,10 +28,11 @@ _PRELOADED = (
     "torch.distributed.tensor",
     "torch._dynamo",
     "torch.distributed._composable.fsdp",
+    "bitsandbytes",
     "torch_impl",
     "parity.implementations.torch_stack",
 )
-"""Imported once in the fork server; without the last torch ones each rank's first FSDP2 case costs a second."""
+"""Imported once in the fork server: else each rank's first FSDP2 case costs a second, its first packed one three."""
 
 ENVIRONMENT = {
     "MKL_CBWR": "AUTO,STRICT",

@@ -75,7 +75,7 @@ def test_a_mutant_differs_in_its_own_place_alone():
     assert mutant.apply(source) == "é = 'ü' ; x = (a - b)  # ö\n".encode()
 
 
-@pytest.mark.parametrize("file", ["torch_impl/norm.py", "ref/dora.py", "torch_impl/sharding.py"])
+@pytest.mark.parametrize("file", ["torch_impl/layers/norm.py", "ref/dora.py", "torch_impl/sharding/apply.py"])
 def test_keys_are_unique(file):
     """Two mutants of a file have one key, so that listing one as equivalent lists the other."""
     mutants = mutants_of(file, (ROOT / file).read_bytes())

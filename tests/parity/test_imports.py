@@ -11,7 +11,7 @@ import pytest
 ROOM = Path(str(files("parity")))
 FRAMEWORKS = {"torch", "jax", "jaxlib", "flax", "optax", "bitsandbytes", "transformers", "peft", "ref", "torch_impl"}
 """The frameworks, and the rooms that load them."""
-MAY_LOAD = ("oracle/", "implementations/", "workers/torch_ranks.py", "workers/jax_process.py", "bench/")
+MAY_LOAD = ("oracle/", "implementations/", "workers/torch_ranks.py", "workers/jax_process.py", "bench/", "gpu/")
 CORE = sorted(
     str(path.relative_to(ROOM)) for path in ROOM.rglob("*.py") if not str(path.relative_to(ROOM)).startswith(MAY_LOAD)
 )

@@ -170,7 +170,7 @@ ELSEWHERE = ["StartsDaemonAndSleeps", "Changed"]
 def judge(tmp_path_factory):
     """A pipeline with short limits; leaving it leaves no process that a subject started."""
     with mock.patch.object(torch_ranks, "rank_memory", return_value=MEMORY):
-        with Pipeline(cache=tmp_path_factory.mktemp("cache"), seconds=20.0) as running:
+        with Pipeline(cache=tmp_path_factory.mktemp("cache"), seconds=60.0) as running:
             yield running
             started = [p for p in psutil.Process().children(recursive=True) if p.name() == "sleep"]
         _, left = psutil.wait_procs(started, timeout=10)

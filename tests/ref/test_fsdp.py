@@ -269,6 +269,34 @@ def test_s7_what_each_strategy_does_hold(member: layouts.UnitMember, strategy: l
     layouts.check_unit([*ADAPTER_UNIT, member], strategy=strategy)
 
 
+BASE = layouts.UnitMember("weight", "float32", trainable=False, castable=True)
+BIAS = layouts.UnitMember("bias", "float32", trainable=False)
+
+
+@pytest.mark.parametrize("param_dtype", [None, "float32"])
+def test_s7_a_block_is_one_unit(param_dtype: str | None) -> None:
+    """Nothing is to be cast: base, bytes, bias and adapter are gathered together."""
+    block = [BASE, FROZEN_BYTES, BIAS, *ADAPTER_UNIT]
+    assert layouts.block_units(block, strategy="fsdp2", param_dtype=param_dtype) == [block]
+
+
+def test_s7_what_is_cast_is_a_unit_apart() -> None:
+    """A unit has one `param_dtype`: adapters, bytes and biases keep theirs (D11, S6)."""
+    block = [BASE, FROZEN_BYTES, BIAS, *ADAPTER_UNIT]
+    units = layouts.block_units(block, strategy="fsdp2", param_dtype="bfloat16")
+    assert units == [[BASE], [FROZEN_BYTES, BIAS, *ADAPTER_UNIT]]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp1-orig"])
+def test_s7_a_flat_parameter_of_a_block_is_frozen_or_trains_and_has_one_dtype(strategy: layouts.Strategy) -> None:
+    """The adapter's gradients are then all there are, whether or not a flat parameter could be mixed."""
+    half = layouts.UnitMember("norm", "bfloat16", trainable=False)
+    units = layouts.block_units([*ADAPTER_UNIT, BASE, half, BIAS], strategy=strategy, param_dtype=None)
+    assert units == [[half], [BASE, BIAS], ADAPTER_UNIT]
+    for unit in units:
+        layouts.check_unit(unit, strategy=strategy)
+
+
 # The forward and backward on shards
 
 

@@ -306,7 +306,7 @@ def torch_units(kind: str, strategy: str) -> Iterator[tuple[str, list]]:
     """The units of a numbered Llama as this rank has them."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # noqa: PLC0415 - only ranks shard
 
-    from torch_impl.shards import unwrapped_name  # noqa: PLC0415 - likewise
+    from torch_impl.wrappers import unwrapped_name  # noqa: PLC0415 - likewise
 
     model = sharded(kind, strategy)
     for prefix, module in model.named_modules():
@@ -356,7 +356,7 @@ def sharded(kind: str, strategy: str):
         assert tuple(parameter.shape) == numbers[name].shape, name
         parameter.data = torch.from_numpy(numbers.pop(name))
     assert not numbers
-    return shard_model(model, ShardConfig(strategy=strategy, param_dtype=dtype))
+    return shard_model(model, ShardConfig(strategy=strategy, param_dtype=dtype, units="layer"))
 
 
 def witness(file: Path) -> None:

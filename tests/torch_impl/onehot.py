@@ -17,7 +17,7 @@ from torch_impl import (
     save_adapter,
     shard_model,
 )
-from torch_impl.shards import LocalShard
+from torch_impl.sharding.local_shards import LocalShard
 
 
 @dataclass(frozen=True)

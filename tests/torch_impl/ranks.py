@@ -15,9 +15,15 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT = 60.0
-_PRELOAD = [
+PRELOAD = [
     *("torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "torch.distributed.checkpoint"),
-    *("torch_impl", "torch_impl.train", "transformers", "transformers.models.llama.modeling_llama"),
+    *(
+        "bitsandbytes",
+        "torch_impl",
+        "torch_impl.training.train",
+        "transformers",
+        "transformers.models.llama.modeling_llama",
+    ),
 ]
 
 
@@ -51,7 +57,7 @@ class _Pool:
 
     def __init__(self, world: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)
+        context.set_forkserver_preload(PRELOAD)
         self.folder = tempfile.TemporaryDirectory()
         self.pipes: list[Connection] = []
         self.members = []

@@ -12,13 +12,16 @@ from onehot import Stack, build
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from torch_impl import ShardConfig, checkpoint, local_shards, optim
-from torch_impl import train as module
+from torch_impl import ShardConfig, local_shards
 from torch_impl.errors import DoraError
-from torch_impl.materialize import materialize
-from torch_impl.options import TrainOptions
-from torch_impl.phases import Phases
-from torch_impl.sharding import shard_model, shard_size
+from torch_impl.files import checkpoint
+from torch_impl.files.materialize import materialize
+from torch_impl.sharding.apply import shard_model
+from torch_impl.sharding.meshes import shard_size
+from torch_impl.training import optim
+from torch_impl.training import train as module
+from torch_impl.training.options import TrainOptions
+from torch_impl.training.phases import Phases
 
 
 def train(*, rank: int, world: int, options: dict[str, Any], stop_after: int | None = None) -> str:

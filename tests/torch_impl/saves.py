@@ -8,7 +8,9 @@ import onehot
 import torch
 from torch import Tensor, distributed, nn
 
-from torch_impl import ShardConfig, checkpoint, checkpoint_files, local_shards, shard_model
+from torch_impl import ShardConfig, local_shards, shard_model
+from torch_impl.files import checkpoint
+from torch_impl.files import checkpoint_disk as checkpoint_files
 
 Held = dict[str, tuple[int, list[float]]]
 """Start and values of this rank's range of each trained tensor and optimizer state."""

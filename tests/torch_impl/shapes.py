@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from torch_impl import ShardConfig, shard_model
-from torch_impl.costs import costs
-from torch_impl.units import plan_units
+from torch_impl.preflight.costs import costs
+from torch_impl.sharding.units import plan_units
 
 
 def held(*, rank: int, world: int, strategy: str, kind: str) -> tuple[tuple[int, int], tuple[int, int]]:

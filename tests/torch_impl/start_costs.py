@@ -13,8 +13,8 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from torch_impl import DoraConfig, apply_dora
-from torch_impl.materialize import materialize, skeleton
-from torch_impl.optim import host_memory
+from torch_impl.files.materialize import materialize, skeleton
+from torch_impl.memory import host_memory
 
 
 def memory(model: Path) -> dict[str, int]:

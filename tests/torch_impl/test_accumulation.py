@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_impl.accumulation import synchronised
+from torch_impl.training.accumulation import synchronised
 
 
 class Counted(nn.Linear):

@@ -175,7 +175,7 @@ def test_nothing_is_left_half_written(saved: Path, monkeypatch: pytest.MonkeyPat
     """When writing fails midway the old adapter is still whole, and no other file is left."""
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
     monkeypatch.setattr(
-        "torch_impl.adapter_files.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full"))
+        "torch_impl.files.adapter.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full"))
     )
 
     with pytest.raises(AdapterFileError, match="disk full"):

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from saves import save_for_ever
 from torch import nn
 
-from torch_impl import checkpoint, checkpoint_files
 from torch_impl.errors import CheckpointError
+from torch_impl.files import checkpoint
+from torch_impl.files import checkpoint_disk as checkpoint_files
 
 
 def trained() -> tuple[nn.Module, torch.optim.Optimizer]:

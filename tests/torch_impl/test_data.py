@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from torch_impl.data import IGNORED, Dealer, collate, held_out, read_documents, refuse_beyond, sequences
 from torch_impl.errors import DataError
+from torch_impl.training.data import IGNORED, Dealer, collate, held_out, read_documents, refuse_beyond, sequences
 
 
 class Bytewise:

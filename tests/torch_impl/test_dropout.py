@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torch_impl import DoraConfig, QuantConfig, apply_dora
 from torch_impl.errors import OptionError
-from torch_impl.layers import DoraProduct
+from torch_impl.layers.rule import RuleProduct
 
 RATE = 0.5  # the mask holds 2 where it keeps, so that a lattice stays one
 of_tensors = pytest.mark.parametrize("tensor", ["y", "A", "B", "m", "x"])
@@ -116,7 +116,7 @@ def test_d9_off_changes_no_bit_and_draws_nothing(tensor: str, off: str) -> None:
 
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(got, run(layer_of(inputs), inputs.x, inputs.G)[tensor])
-    assert isinstance(layer(inputs.x).grad_fn, DoraProduct._backward_cls)
+    assert isinstance(layer(inputs.x).grad_fn, RuleProduct._backward_cls)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from torch_impl import DoraConfig, apply_dora, checkpoint, load_adapter, save_adapter
+from torch_impl import DoraConfig, apply_dora, load_adapter, save_adapter
 from torch_impl.errors import AdapterFileError, CheckpointError, OptionError
-from torch_impl.export import ExportOptions, MergeOptions, export, merge
+from torch_impl.files import checkpoint
+from torch_impl.training.export import ExportOptions, MergeOptions, export, merge
 
 NEAR = 2.0**-18
 """Of the largest logit: some 32 float32 roundings, where two blocks round each logit differently."""

@@ -25,7 +25,8 @@ from launched import (
 from safetensors.torch import load_file
 from small import write_model, write_text
 
-from torch_impl import checkpoint, checkpoint_files
+from torch_impl.files import checkpoint
+from torch_impl.files import checkpoint_disk as checkpoint_files
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 LONG = 100_000
@@ -136,12 +137,19 @@ def test_sigterm_with_a_stopped_rank_names_it(tmp_path: Path, words: Callable[..
     assert ending.seconds < 33
     assert ending.orphans == []
     assert "after it was asked to" in text
-    assert "torch_impl/train.py" in text
+    assert "torch_impl/training/train.py" in text
     assert ending.lines[-1].startswith(f"rank 1 (pid {ending.victim} on ")
 
 
-@pytest.mark.parametrize("world", [0, 2], ids=["one-process", "torchrun"])
-@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    ("asked", "world"),
+    [
+        pytest.param(signal.SIGTERM, 2, id="SIGTERM-torchrun"),
+        pytest.param(signal.SIGINT, 2, id="SIGINT-torchrun", marks=pytest.mark.long),
+        pytest.param(signal.SIGTERM, 0, id="SIGTERM-one-process", marks=pytest.mark.long),
+        pytest.param(signal.SIGINT, 0, id="SIGINT-one-process", marks=pytest.mark.long),
+    ],
+)
 def test_being_asked_to_stop_saves_and_ends_in_order(
     tmp_path: Path, words: Callable[..., list[str]], asked: signal.Signals, world: int
 ) -> None:
@@ -195,7 +203,7 @@ def test_a_hang_is_ended_with_every_ranks_phase_and_stack(tmp_path: Path, words:
     assert ending.orphans == []
     text = "\n".join(ending.lines)
     assert "past --phase-timeout 8 s" in text
-    assert "torch_impl/train.py" in text
+    assert "torch_impl/training/train.py" in text
     assert f"rank 1 (pid {ending.victim} on " in text
 
 
@@ -217,7 +225,7 @@ def test_an_unwritable_place_is_one_line(tmp_path: Path, words: Callable[..., li
 
     assert ending.status != 0
     assert len([line for line in ending.lines if line.startswith("error: ")]) == 1
-    assert "torch_impl/train.py" not in "\n".join(ending.lines)
+    assert "torch_impl/training/train.py" not in "\n".join(ending.lines)
 
 
 @pytest.mark.long

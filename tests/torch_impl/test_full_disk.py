@@ -8,9 +8,10 @@ import pytest
 from launched import watch
 from small import write_model, write_text
 
-from torch_impl import checkpoint, checkpoint_files
+from torch_impl.files import checkpoint
+from torch_impl.files import checkpoint_disk as checkpoint_files
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.distributed, pytest.mark.long, pytest.mark.timeout(240)]
 
 
 def _mount(*words: str) -> None:
@@ -45,7 +46,7 @@ def _ends_in_one_line(words: list[str], log: Path, *, until: str, act: Callable[
     assert ending.seconds < 30
     assert ending.status != 0
     assert ending.orphans == []
-    assert "torch_impl/train.py" not in "\n".join(ending.lines)
+    assert "torch_impl/training/train.py" not in "\n".join(ending.lines)
     (line,) = [line for line in ending.lines if line.startswith("error: ")]
     return line
 

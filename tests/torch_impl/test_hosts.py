@@ -44,6 +44,7 @@ def hosts() -> Iterator[dict[str, str]]:
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)  # noqa: S603, S607
 
 
+@pytest.mark.long
 def test_two_hosts_train_what_one_trains(tmp_path: Path, hosts: dict[str, str]) -> None:
     """A rank in each namespace, found by rendezvous, writes the adapter that two ranks of one host write."""
     write_model(tmp_path / "model")

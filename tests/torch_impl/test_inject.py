@@ -5,12 +5,19 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.pytorch_utils import Conv1D
 
 from torch_impl import DoraConfig, DoraLayer, DoraLinear, PackedBase, ShardConfig, apply_dora
 from torch_impl.errors import DtypeError, NonFiniteError, RankError, StorageError, TargetError
-from torch_impl.preflight import preflight
+from torch_impl.preflight.report import preflight
 
 
 class Two(nn.Module):
@@ -21,6 +28,20 @@ class Two(nn.Module):
         self.up = nn.Linear(6, 8)
         self.norm = nn.LayerNorm(8)
         self.down = nn.Linear(8, 6, bias=False)
+
+
+def t5() -> nn.Module:
+    """Asks `wo.weight` for its dtype, and casts to it."""
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    return T5ForConditionalGeneration(config)
+
+
+def mamba() -> nn.Module:
+    """Multiplies by `dt_proj.weight` itself."""
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1, time_step_rank=2)
+    return MambaForCausalLM(config)
 
 
 def dora_names(model: nn.Module) -> list[str]:
@@ -168,6 +189,64 @@ def test_what_a_kind_cannot_take_is_refused_in_one_line(name: str) -> None:
     assert any("apply_dora refuses it" in f.consequence and f.parameter.startswith(target) for f in errors)
 
 
+class Router(nn.Linear):
+    """A linear layer that computes something else, as routers of mixtures do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Its own probabilities."""
+        return super().forward(x).softmax(dim=-1)
+
+
+def routed() -> nn.Module:
+    """A linear layer, and a router."""
+    return nn.ModuleDict({"linear": nn.Linear(6, 6), "router": Router(6, 6)})
+
+
+def scaled() -> nn.Module:
+    """A linear layer, and one of integers whose scales lie elsewhere."""
+    model = nn.ModuleDict({"linear": nn.Linear(6, 6), "packed": nn.Linear(6, 6)})
+    model["packed"].weight = nn.Parameter(torch.ones(6, 6, dtype=torch.int8), requires_grad=False)
+    return model
+
+
+def adapted() -> nn.Module:
+    """A model that has an adapter."""
+    return apply_dora(Two(), DoraConfig(rank=2, alpha=4, target_modules=["up"]))
+
+
+def unloaded() -> nn.Module:
+    """A model without weights."""
+    return Two().to("meta")
+
+
+UNREADY = {
+    "linear-of-its-own": (routed, "router is a Router, whose forward is its own; leave it out"),
+    "integers": (scaled, "packed.weight is torch.int8, and means nothing without its scales; load"),
+    "adapted": (adapted, "up has an adapter already; name all targets in one call"),
+    "meta": (unloaded, "up.weight is on the meta device: .*; load the weights first"),
+}
+
+
+@pytest.mark.parametrize("compute", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("name", UNREADY)
+def test_a_model_that_cannot_be_adapted_is_left_as_it_is(name: str, compute: torch.dtype | None) -> None:
+    """In one line, whatever the compute dtype."""
+    make, words = UNREADY[name]
+    model = make()
+    before = [
+        (name, type(module), p.requires_grad) for name, module in model.named_modules() for p in module.parameters()
+    ]
+
+    with pytest.raises(TargetError, match=words) as caught:
+        apply_dora(model, DoraConfig(rank=2, alpha=4, compute_dtype=compute))
+
+    assert "\n" not in str(caught.value)
+    after = [
+        (name, type(module), p.requires_grad) for name, module in model.named_modules() for p in module.parameters()
+    ]
+    assert after == before
+
+
 def test_a_target_that_is_no_linear_is_refused() -> None:
     """A norm is named, with what it is."""
     with pytest.raises(TargetError, match="norm is a LayerNorm"):
@@ -223,3 +302,44 @@ def test_q7_a_dense_weight_that_is_not_finite_is_named() -> None:
 
     with pytest.raises(NonFiniteError, match=r"up\.weight holds inf at index \(2, 3\)"):
         apply_dora(model, DoraConfig(rank=2, alpha=4))
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"], ids=["dense", "nf4"])
+def test_a_model_that_asks_for_a_weight_is_answered(quant: str | None) -> None:
+    """T5 trains in bfloat16: its dtype is the weight's, packed or not."""
+    model = apply_dora(t5().bfloat16(), DoraConfig(rank=2, alpha=4, quant=quant))
+    ids = torch.arange(8).reshape(1, 8)
+
+    model(input_ids=ids, labels=ids).loss.backward()
+
+    wo = model.encoder.block[0].layer[-1].DenseReluDense.wo
+    assert (wo.weight.dtype, tuple(wo.weight.shape), wo.weight.device.type) == (torch.bfloat16, (16, 24), "cpu")
+    assert wo.magnitude.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Embedding(5, 3), (5, 3)), (Conv1D(4, 6), (6, 4)), (nn.Conv2d(4, 6, 3), (6, 4, 3, 3))]
+)
+def test_a_weight_has_the_plain_layer_s_shape(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    """As it was stored."""
+    model = apply_dora(nn.Sequential(layer), DoraConfig(rank=2, alpha=4, target_modules=["0"]))
+
+    assert tuple(model[0].weight.shape) == shape
+
+
+def test_a_model_that_computes_past_its_adapter_is_refused() -> None:
+    """Mamba's step sizes are made of `dt_proj.weight`: its adapter would change nothing, without a word."""
+    model = apply_dora(mamba(), DoraConfig(rank=2, alpha=4))
+
+    with pytest.raises(TargetError, match=r"computes past its adapter.*leave that layer out"):
+        model(input_ids=torch.arange(8).reshape(1, 8))
+
+
+def test_a_model_whose_adapters_it_passes_by_trains_without_them() -> None:
+    """With the others alone."""
+    targets = ["in_proj", "x_proj", "out_proj"]
+    model = apply_dora(mamba(), DoraConfig(rank=2, alpha=4, target_modules=targets))
+
+    model(input_ids=torch.arange(8).reshape(1, 8)).logits.sum().backward()
+
+    assert all(module.magnitude.grad is not None for module in model.modules() if isinstance(module, DoraLayer))

@@ -5,7 +5,7 @@ import sys
 
 ENDING = """
 import os, socket, threading
-from torch_impl import job, phases
+from torch_impl.training import job, phases
 phases._POLL_SECONDS = 0.0  # the watchdog is inside the launcher's store nearly all the time
 with socket.socket() as free:
     free.bind(("localhost", 0))

@@ -13,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from small import write_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
-from torch_impl import DoraConfig, DoraLayer, apply_dora, checkpoint, load_adapter, merge_adapter, save_adapter
+from torch_impl import DoraConfig, DoraLayer, apply_dora, load_adapter, merge_adapter, save_adapter
 from torch_impl.errors import AdapterFileError, CheckpointError, ModelFileError
-from torch_impl.export import ExportOptions, MergeOptions, export, merge
+from torch_impl.files import checkpoint
+from torch_impl.layers.kinds import KINDS, kind_of, rows_of
+from torch_impl.training.export import ExportOptions, MergeOptions, export, merge
 
 NEAR = 2.0**-17
 """Of the largest output: some 64 float32 roundings, where six layers round each number differently."""
@@ -202,3 +205,14 @@ def test_export_needs_the_model_of_the_run(gpt2: Path, change: str, error: type[
     with pytest.raises(error, match=r"gpt2|doesn't fit"):
         export(ExportOptions(gpt2 / "run", gpt2 / "exported"))
     assert not (gpt2 / "exported").exists()
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Linear(4, 3), Conv1D(3, 4), nn.Embedding(5, 3), nn.Conv1d(4, 6, 3)], ids=lambda m: type(m).__name__
+)
+def test_the_rows_name_the_kind(module: nn.Module) -> None:
+    """By the name that rows have, files find what PEFT calls the tensors of the kind."""
+    rows = rows_of(module)
+
+    assert rows is not None
+    assert KINDS[rows.kind] is kind_of(module)

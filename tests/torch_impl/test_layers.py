@@ -6,7 +6,7 @@ from reference import Inputs, autograd, gaussian, lattice, layer_of, run
 from torch import nn
 
 from torch_impl import DoraConfig, QuantConfig, apply_dora
-from torch_impl.layers import DoraProduct
+from torch_impl.layers.rule import RuleProduct
 
 SHAPES = [(64, 48, 4), (65, 66, 3), (1, 33, 1), (70, 17, 17)]
 
@@ -206,7 +206,7 @@ def test_efficiency_nothing_of_the_weight_s_size_is_kept(quant: QuantConfig | No
 
 def test_efficiency_packed_weight_is_decoded_once_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """One decode in forward, one in backward, none in backward where x needs no gradient."""
-    from torch_impl import quant  # noqa: PLC0415 - patched here only
+    from torch_impl.layers import quant  # noqa: PLC0415 - patched here only
 
     layer = apply_dora(nn.Sequential(nn.Linear(96, 80)), DoraConfig(rank=2, alpha=4, quant="nf4"))[0]
     calls, plain = [], quant.decode
@@ -236,5 +236,27 @@ def test_one_autograd_node_at_the_entry() -> None:
     y = layer_of(gaussian(16, 24, 2))(x)
 
     inputs = [f for f, _ in y.grad_fn.next_functions if f is not None and getattr(f, "variable", None) is x]
-    assert isinstance(y.grad_fn, DoraProduct._backward_cls)
+    assert isinstance(y.grad_fn, RuleProduct._backward_cls)
     assert len(inputs) == 1
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"], ids=["dense", "nf4"])
+def test_d11_a_cast_of_the_model_leaves_adapters_in_float32(quant: str | None) -> None:
+    """`model.to(bfloat16)` after `apply_dora`: A, B, m and their moments keep their bits and dtype, and it trains."""
+    model = apply_dora(
+        nn.Sequential(nn.Linear(32, 24), nn.LayerNorm(24)), DoraConfig(3, 6, quant=quant, target_modules=["0"])
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    model.to(torch.bfloat16)
+
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(torch.equal(trained[name], value) for name, value in before.items())
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert model[1].weight.dtype == torch.bfloat16
+    optimizer = torch.optim.AdamW(trained.values())
+    for _ in range(2):
+        model(torch.randn(4, 32, dtype=torch.bfloat16)).square().sum().backward()
+        optimizer.step()
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert not any(torch.equal(trained[name], value) for name, value in before.items())

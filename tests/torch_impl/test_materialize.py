@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from torch_impl import DoraConfig, QuantConfig, apply_dora
-from torch_impl import materialize as start
 from torch_impl.errors import DoraError, ModelFileError, NonFiniteError, OptionError, RankError
-from torch_impl.materialize import materialize, recompute_activations, stored_quant
+from torch_impl.files import materialize as start
+from torch_impl.files.materialize import materialize, recompute_activations, stored_quant
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from reference import gaussian
 from torch import Tensor
 
-from torch_impl.norm import CONDITION, _factored, _products_are_narrowed, ratio, weight_norm
+from torch_impl.layers.norm import CONDITION, _factored, _products_are_narrowed, ratio, weight_norm
 
 U = 2.0**-24  # half an ulp, float32's unit roundoff
 

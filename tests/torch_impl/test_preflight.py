@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from torch_impl import DoraConfig, QuantConfig, ShardConfig
 from torch_impl.__main__ import main
-from torch_impl.preflight import preflight
+from torch_impl.preflight.report import preflight
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}

@@ -9,7 +9,7 @@ from torch import nn
 
 from torch_impl import DoraConfig, QuantConfig, apply_dora
 from torch_impl.errors import NonFiniteError, StorageError
-from torch_impl.quant import decode, is_finite, quantize, view_bytes
+from torch_impl.layers.quant import decode, is_finite, quantize, view_bytes
 
 SHAPES = [(50, 96), (65, 66), (1, 66), (3, 3), (1, 1), (1, 2), (2, 1)]
 STORAGES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32]

@@ -9,17 +9,19 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from torch_impl import DoraConfig, QuantConfig, ShardConfig, apply_dora, layers, optim
-from torch_impl.materialize import recompute_activations
-from torch_impl.preflight import preflight
-from torch_impl.rehearsal import Storages, rehearsed_peak
+from torch_impl import DoraConfig, QuantConfig, ShardConfig, apply_dora
+from torch_impl.files.materialize import recompute_activations
+from torch_impl.layers import dora as layers
+from torch_impl.preflight.rehearsal import Storages, rehearsed_peak
+from torch_impl.preflight.report import preflight
+from torch_impl.training import optim
 
 ABOVE, BELOW = 1.15, 0.98
 """What "about" means: seldom too little, and a mask too much, which transformers makes where it sees fake tensors."""
 CONFIG = {"vocab_size": 640, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4}
 
 
-def network(blocks: int = 6, dtype: torch.dtype = torch.float32) -> nn.Module:
+def network(blocks: int = 3, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A Llama large enough for its activations to outweigh what Python adds."""
     torch.manual_seed(3)
     config = LlamaConfig(**CONFIG, num_key_value_heads=2, num_hidden_layers=blocks, use_cache=False)
@@ -81,7 +83,7 @@ def test_an_adapted_model_is_rehearsed_as_it_stands() -> None:
 def test_weights_stored_transposed_are_rehearsed(quant: str | None) -> None:
     """GPT-2's Conv1D layers take what a real step takes, with their weights dense or packed."""
     torch.manual_seed(3)
-    shape = {"vocab_size": 640, "n_embd": 64, "n_layer": 5, "n_head": 4, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    shape = {"vocab_size": 640, "n_embd": 64, "n_layer": 3, "n_head": 4, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
     model = GPT2LMHeadModel(GPT2Config(**shape, embd_pdrop=0.0, use_cache=False)).train()
     config = DoraConfig(4, 8, quant=quant)
 
@@ -93,8 +95,8 @@ def test_weights_stored_transposed_are_rehearsed(quant: str | None) -> None:
 
 @pytest.mark.parametrize("lean", [False, True], ids=["kept", "recomputed"])
 def test_a_few_blocks_tell_of_all(lean: bool) -> None:
-    """Three blocks and what a fourth adds give, to the byte, what nine take."""
-    model = network(blocks=9)
+    """Three blocks and what a fourth adds give, to the byte, what six take."""
+    model = network(blocks=6)
     if lean:
         recompute_activations(model)
 

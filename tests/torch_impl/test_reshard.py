@@ -9,7 +9,7 @@ from ranks import Pools
 from safetensors import safe_open
 from saves import whole
 
-from torch_impl import checkpoint_files
+from torch_impl.files import checkpoint_disk as checkpoint_files
 
 pytestmark = pytest.mark.distributed
 

@@ -9,6 +9,7 @@ import torch
 from onehot import Evidence, Stack, build
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_impl import (
     DoraConfig,
@@ -21,8 +22,10 @@ from torch_impl import (
     merge_adapter,
     shard_model,
 )
-from torch_impl.materialize import materialize
-from torch_impl.shards import unwrapped_name
+from torch_impl.files.materialize import materialize
+from torch_impl.layers import products
+from torch_impl.preflight.report import preflight
+from torch_impl.wrappers import unwrapped_name
 
 BF16 = torch.bfloat16
 
@@ -31,13 +34,13 @@ def _seen_by_products(model: nn.Module) -> list[tuple[torch.Tensor, ...]]:
     """What each layer's product is given, recorded while the model runs."""
     seen: list[tuple[torch.Tensor, ...]] = []
     for layer in (m for m in model.modules() if isinstance(m, DoraLinear)):
-        plain = layer._product
+        plain = layer._by_rule
 
         def record(base: nn.Module, *tensors: torch.Tensor, plain=plain) -> torch.Tensor:
             seen.append((base.weight.detach().clone(), *(None if t is None else t.detach().clone() for t in tensors)))
             return plain(base, *tensors)
 
-        layer._product = record
+        layer._by_rule = record
     return seen
 
 
@@ -49,7 +52,7 @@ def dtypes(*, rank: int, world: int, strategy: str, packed: bool) -> dict[str, o
     model = shard_model(build(case), ShardConfig(strategy=strategy, param_dtype=BF16, reduce_dtype=BF16))
     seen = _seen_by_products(model)
     model(torch.randn(4, 66)).sum().backward()
-    weight, _, *adapter, _ = seen[0]
+    weight, _, *adapter, _, _ = seen[0]  # x before, b and the mask behind
     assert torch.equal(weight.view(torch.int16), bits[0].to(BF16).view(torch.int16))
     gradients = [shard.tensor for shard in local_shards(model) if shard.kind == "gradient"]
     return {
@@ -86,28 +89,29 @@ class _Blocks(nn.Module):
         return self.last(x)
 
 
-def norms(*, rank: int, world: int, strategy: str, own: bool) -> list[tuple[str, str]]:
+def norms(*, rank: int, world: int, strategy: str, own: bool, units: str | None = None) -> list[tuple[str, str]]:
     """The dtypes of each norm's input and weight where a float32 model is run with param_dtype bf16."""
     del rank, world
     model = apply_dora(_Blocks(nn.LayerNorm(6) if own else nn.Identity()), DoraConfig(2, 4, compute_dtype=BF16))
     found: list[tuple[str, str]] = []
     for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
         norm.register_forward_pre_hook(lambda norm, x: found.append((str(x[0].dtype), str(norm.weight.dtype))))
-    shard_model(model, ShardConfig(strategy=strategy, param_dtype=BF16))(torch.ones(3, 6))
+    shard_model(model, ShardConfig(strategy=strategy, param_dtype=BF16, units=units))(torch.ones(3, 6))
     return found
 
 
-def units(*, rank: int, world: int, strategy: str) -> set[str]:
+def units(*, rank: int, world: int, strategy: str, units: str) -> list[str]:
     """The names of the modules that are units; the model itself has none."""
     del rank, world
-    model = shard_model(apply_dora(_Blocks(nn.LayerNorm(6)), DoraConfig(2, 4)), ShardConfig(strategy=strategy))
+    config = ShardConfig(strategy=strategy, units=units)
+    model = shard_model(apply_dora(_Blocks(nn.LayerNorm(6)), DoraConfig(2, 4)), config)
     found = (
         name for name, module in model.named_modules() if isinstance(module, FSDPModule | FullyShardedDataParallel)
     )
-    return {unwrapped_name(name) for name in found}
+    return sorted(unwrapped_name(name) for name in found)
 
 
-def rounded(*, rank: int, world: int, strategy: str) -> dict[str, set[bool]]:
+def rounded(*, rank: int, world: int, strategy: str, units: str) -> dict[str, set[bool]]:
     """Whether bf16 holds the gradients of norms that train, and of adapters, with reduce_dtype bf16 alone."""
     del rank, world
     torch.manual_seed(3)
@@ -116,7 +120,7 @@ def rounded(*, rank: int, world: int, strategy: str) -> dict[str, set[bool]]:
         norm.requires_grad_(True)
     for layer in (module for module in model.modules() if isinstance(module, DoraLinear)):
         nn.init.normal_(layer.lora_B)
-    model = shard_model(model, ShardConfig(strategy=strategy, reduce_dtype=BF16))
+    model = shard_model(model, ShardConfig(strategy=strategy, reduce_dtype=BF16, units=units))
     model(torch.randn(3, 6)).square().sum().backward()
     found: dict[str, set[bool]] = {"norm": set(), "adapter": set()}
     for shard in local_shards(model):
@@ -174,27 +178,47 @@ def refused(*, rank: int, world: int, strategy: str, name: str) -> tuple[str, st
 def _refused(name: str, strategy: str) -> None:
     """Do what is to be refused."""
     config = ShardConfig(strategy=strategy)
-    if name == "storage-against-wire":
-        shard_model(build(Stack(quant=QuantConfig())), dataclasses.replace(config, param_dtype=torch.float16))
-    elif name == "integer-storage":
-        shard_model(build(Stack(quant=QuantConfig(quant_storage=torch.uint8))), config)
-    elif name == "wire-changes-weight":
-        shard_model(build(Stack()), dataclasses.replace(config, param_dtype=BF16))
-    elif name == "mixed-root":
-        model = build(Stack())
-        model.extra, model.other = nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2).to(BF16).requires_grad_(False)
+    if name in _UNSHARDABLE:
+        make, changed = _UNSHARDABLE[name]
+        shard_model(make(), dataclasses.replace(config, **changed))
+        return
+    model = shard_model(build(Stack(quant=QuantConfig() if name.startswith("late-cast") else None)), config)
+    layer = next(module for module in model.modules() if isinstance(module, DoraLinear))
+    if name == "sharded-twice":
         shard_model(model, config)
-    elif name == "sharded-twice":
-        shard_model(shard_model(build(Stack()), config), config)
-    elif name == "no-adapter":
-        shard_model(onehot.Net(Stack()), config)
     elif name.startswith("late-cast"):
-        shard_model(build(Stack(quant=QuantConfig())), config).to(torch.float16)
-    elif name == "late-reset":
-        model = shard_model(build(Stack()), config)
-        next(m for m in model.modules() if isinstance(m, DoraLinear)).reset_magnitude()
+        model.to(torch.float16)
+    elif name.startswith("late-reset"):
+        layer.reset_magnitude()
+    elif name == "late-merged-weight":
+        layer.merged_weight()
     elif name == "late-merge":
-        merge_adapter(shard_model(build(Stack()), config))
+        merge_adapter(model)
+
+
+def _with(**extra: nn.Module | nn.Parameter) -> nn.Module:
+    """A stack with something of its own, which the root has."""
+    model = build(Stack())
+    for name, it in extra.items():
+        setattr(model, name, it)
+    return model
+
+
+_UNSHARDABLE = {
+    "storage-against-wire": (lambda: build(Stack(quant=QuantConfig())), {"param_dtype": torch.float16}),
+    "integer-storage": (lambda: build(Stack(quant=QuantConfig(quant_storage=torch.uint8))), {}),
+    "wire-changes-weight": (lambda: build(Stack()), {"param_dtype": BF16}),
+    "mixed-root": (
+        lambda: _with(
+            extra=nn.Linear(2, 2).requires_grad_(False), other=nn.Linear(2, 2).to(BF16).requires_grad_(False)
+        ),
+        {},
+    ),
+    "mixed-training": (lambda: _with(extra=nn.Linear(2, 2), other=nn.Linear(2, 2).to(BF16)), {}),
+    "trained-scalar": (lambda: _with(extra=nn.Parameter(torch.tensor(1.0))), {}),
+    "no-adapter": (lambda: onehot.Net(Stack()), {}),
+}
+"""What makes a model, and how it is to be sharded, that no strategy takes."""
 
 
 def trained_names(*, rank: int, world: int, strategy: str) -> set[str]:
@@ -228,3 +252,69 @@ def group_counts(*, rank: int, world: int, strategy: str) -> list[int]:
         shard_model(build(Stack()), ShardConfig(strategy=strategy, shard_size=2))
         counts.append(len(distributed.distributed_c10d._world.pg_map))
     return counts
+
+
+class _Counter(TorchDispatchMode):
+    """How often this rank gathers, and reduces by any collective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = {"gathers": 0, "reductions": 0}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Count it, and run it."""
+        if func.namespace in {"c10d", "_c10d_functional"}:
+            name = func.__name__.replace("_", "")
+            self.counts["gathers"] += "allgather" in name
+            self.counts["reductions"] += "reducescatter" in name or "allreduce" in name
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(
+    *, rank: int, world: int, strategy: str, units: str, wire: bool
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Those of a step, counted and as preflight has them."""
+    del rank
+    dora = DoraConfig(2, 4, compute_dtype=BF16 if wire else None)
+    config = ShardConfig(strategy=strategy, units=units, param_dtype=BF16 if wire else None)
+    planned = preflight(_Blocks(nn.LayerNorm(6)), config, world_size=world, dora=dora).costs
+    model = shard_model(apply_dora(_Blocks(nn.LayerNorm(6)), dora), config)
+    model(torch.ones(3, 6)).sum().backward()
+    with _Counter() as counter:
+        model(torch.ones(3, 6)).sum().backward()
+    return counter.counts, {"gathers": planned.gathers, "reductions": planned.reductions}
+
+
+def kernels(*, rank: int, world: int) -> str:
+    """What multiplies on this rank, where each machine would choose otherwise."""
+    del world
+    kept, products._of_this_machine = products._of_this_machine, lambda: "torch" if rank else "onednn"
+    try:
+        shard_model(build(Stack()), ShardConfig("fsdp2"))
+        return products.float32_kernel()
+    finally:
+        products._of_this_machine = kept
+        products._agreed.clear()
+
+
+def started_alike(*, rank: int, world: int, strategy: str) -> list[tuple[str, list[float]]]:
+    """What each rank holds of the adapters where each drew them with a seed of its own."""
+    del world
+    plain = onehot.Net(Stack())
+    torch.manual_seed(rank)
+    model = shard_model(apply_dora(plain, DoraConfig(2, 4)), ShardConfig(strategy=strategy))
+    return [
+        (shard.name, str(shard.index), shard.tensor.flatten().tolist())
+        for shard in local_shards(model)
+        if shard.kind == "parameter" and "lora_A" in shard.name
+    ]
+
+
+def frozen_scalar(*, rank: int, world: int, strategy: str) -> list[float]:
+    """A frozen scalar, as CLIP's scale of logits, before and after a step."""
+    del rank, world
+    model = shard_model(
+        _with(extra=nn.Parameter(torch.tensor(3.0), requires_grad=False)), ShardConfig(strategy=strategy)
+    )
+    model(torch.randn(4, 66)).sum().backward()
+    return [float(shard.tensor) for shard in local_shards(model) if shard.name == "extra"]

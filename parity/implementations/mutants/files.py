@@ -14,8 +14,9 @@ from parity.case import Case
 from parity.implementations import torch_files
 from parity.implementations.mutants.base import Mutant
 from parity.job import Place
-from torch_impl import DoraLinear, LocalShard, adapter_files, load_adapter
+from torch_impl import DoraLinear, LocalShard, load_adapter
 from torch_impl.errors import AdapterFileError
+from torch_impl.files import adapter as adapter_files
 
 
 class DoraSilentlyLora(Mutant):

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from parity.case import Case, StackCase
 from parity.implementations.mutants.base import Mutant
 from parity.job import Place
-from torch_impl import inject, layers, norm
+from torch_impl import inject
+from torch_impl.layers import dora as layers
+from torch_impl.layers import norm
+from torch_impl.layers import rule as rules
 
 _right_norm: Callable[..., Tensor] = layers.weight_norm
-_Product = layers.DoraProduct
+_Product = layers.RuleProduct
 
 
 class NormNotDetached(Mutant):
@@ -33,12 +36,14 @@ _right_backward = _Product.backward
 
 
 def _backward_through_norm(ctx: object, G: Tensor) -> tuple[Tensor | None, ...]:
-    *before, dA, dB, dm, after = _right_backward(ctx, G)
-    _, _, _, c, n, A, B, stored = ctx.saved_tensors
-    scaling = ctx.arithmetic.scaling
-    V = ctx.arithmetic.decode(stored, dtype=torch.float32) + scaling * B @ A
+    *before, dA, dB, dm, bias, keep = _right_backward(ctx, G)
+    _, _, _, c, n, A, B, stored, _ = ctx.saved_tensors
+    if stored is None:  # of a layer whose input takes no gradient
+        return (*before, dA, dB, dm, bias, keep)
+    rule = ctx.rule
+    V = rule.decode(stored, dtype=torch.float32) + rule.scaling * B @ A
     dV = -(c * dm / n)[:, None] * V
-    return (*before, dA + scaling * B.T @ dV, dB + scaling * dV @ A.T, dm, after)
+    return (*before, dA + rule.scaling * B.T @ dV, dB + rule.scaling * dV @ A.T, dm, bias, keep)
 
 
 class NarrowMagnitudeGradient(Mutant):
@@ -50,8 +55,8 @@ class NarrowMagnitudeGradient(Mutant):
 
 
 def _backward_with_narrow_dm(ctx: object, G: Tensor) -> tuple[Tensor | None, ...]:
-    *before, dm, after = _right_backward(ctx, G)
-    return (*before, dm.to(G.dtype).to(dm.dtype), after)
+    *before, dm, bias, keep = _right_backward(ctx, G)
+    return (*before, dm.to(G.dtype).to(dm.dtype), bias, keep)
 
 
 class AlphaIgnored(Mutant):
@@ -175,7 +180,7 @@ class ReciprocalRatio(Mutant):
         def twice_rounded(m: Tensor, n: Tensor) -> Tensor:
             return torch.where(n > 0, m * (1 / n), torch.zeros_like(n))
 
-        return mock.patch.object(layers, "ratio", twice_rounded)
+        return mock.patch.object(rules, "ratio", twice_rounded)
 
 
 class BiasLostOnZeroRows(Mutant):
@@ -185,8 +190,8 @@ class BiasLostOnZeroRows(Mutant):
         """Mask the output."""
         forward = _Product.forward
 
-        def masking(ctx: object, arithmetic: object, stored: Tensor, *tensors: Tensor | None) -> Tensor:
-            y = forward(ctx, arithmetic, stored, *tensors)
+        def masking(ctx: object, rule: object, stored: Tensor, *tensors: Tensor | None) -> Tensor:
+            y = forward(ctx, rule, stored, *tensors)
             return y.masked_fill(ctx.to_save[3] == 0, 0)
 
         return mock.patch.object(_Product, "forward", staticmethod(masking))
@@ -228,8 +233,8 @@ class OutputScaled(Mutant):
         forward = _Product.forward
         last = case.layers[-1][1] if isinstance(case, StackCase) else 0
 
-        def scaling(ctx: object, arithmetic: object, stored: Tensor, *tensors: Tensor | None) -> Tensor:
-            y = forward(ctx, arithmetic, stored, *tensors)
+        def scaling(ctx: object, rule: object, stored: Tensor, *tensors: Tensor | None) -> Tensor:
+            y = forward(ctx, rule, stored, *tensors)
             return 1.5 * y if y.shape[-1] == last else y
 
         return mock.patch.object(_Product, "forward", staticmethod(scaling))
@@ -243,16 +248,16 @@ class BiasScaled(Mutant):
         """Add c b instead of b, and to dm what that adds."""
         forward, backward = _Product.forward, _Product.backward
 
-        def scaling_bias(ctx: object, arithmetic: object, stored: Tensor, *tensors: Tensor | None) -> Tensor:
-            *others, bias = tensors
-            y = forward(ctx, arithmetic, stored, *others, None)
+        def scaling_bias(ctx: object, rule: object, stored: Tensor, *tensors: Tensor | None) -> Tensor:
+            *others, bias, keep = tensors
+            y = forward(ctx, rule, stored, *others, None, keep)
             ctx.bias = bias
             return y if bias is None else y + ctx.to_save[3] * bias
 
         def with_bias(ctx: object, G: Tensor) -> tuple[Tensor | None, ...]:
-            *before, dm, after = backward(ctx, G)
+            *before, dm, of_bias, of_keep = backward(ctx, G)
             n = ctx.saved_tensors[4]
-            return (*before, dm if ctx.bias is None else dm + G.sum(0) * ctx.bias / n, after)
+            return (*before, dm if ctx.bias is None else dm + G.sum(0) * ctx.bias / n, of_bias, of_keep)
 
         with (
             mock.patch.object(_Product, "forward", staticmethod(scaling_bias)),

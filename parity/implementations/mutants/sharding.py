@@ -21,7 +21,9 @@ from parity.case import Case, SteppedCase
 from parity.implementations import torch_dora, torch_stack
 from parity.implementations.mutants.base import Mutant, is_sharded
 from parity.job import Place
-from torch_impl import LocalShard, inject, layers, local_shards, sharding
+from torch_impl import LocalShard, inject, local_shards
+from torch_impl.layers import dora as layers
+from torch_impl.sharding import apply as sharding
 
 _ADAPTER = ("lora_A", "lora_B", "magnitude")
 
@@ -83,19 +85,19 @@ class MagnitudeGradNotReduced(Mutant):
     def planted(self, case: Case, place: Place) -> Iterator[None]:
         """Remember the local gradients as they leave the layers, and put them back after the reduction."""
         own: dict[int, Tensor] = {}
-        backward = layers.DoraProduct.backward
+        backward = layers.RuleProduct.backward
 
         def remembering(ctx: object, G: Tensor) -> tuple[Tensor | None, ...]:
-            *before, dm, after = backward(ctx, G)
+            *before, dm, bias, keep = backward(ctx, G)
             own[len(dm)] = dm.clone()  # the layers of a stack differ in `out`
-            return (*before, dm, after)
+            return (*before, dm, bias, keep)
 
         def restore(shard: LocalShard) -> None:
             if shard.name.endswith("magnitude") and shard.global_shape[0] in own:
                 shard.tensor.copy_(own[shard.global_shape[0]][shard.index[0]])
 
         with (
-            mock.patch.object(layers.DoraProduct, "backward", staticmethod(remembering)),
+            mock.patch.object(layers.RuleProduct, "backward", staticmethod(remembering)),
             _settling(case, restore),
         ):
             yield
@@ -215,17 +217,18 @@ class AdapterCastOnWire(Mutant):
         with (
             mock.patch.object(sharding, "fully_shard", casting),
             mock.patch.object(sharding, "FullyShardedDataParallel", _CastingFlat),
-            mock.patch.object(layers.DoraLinear, "_product", _widening_product),
+            mock.patch.object(layers.DoraLinear, "_by_rule", _widening_rule),
         ):
             yield
 
 
-_right_product = layers.DoraLinear._product  # noqa: SLF001 - the bug is in there
+_right_rule = layers.DoraLinear._by_rule  # noqa: SLF001 - the bug is in there
 
 
-def _widening_product(layer: nn.Module, base: nn.Module, x: Tensor, *others: Tensor | None) -> Tensor:
+def _widening_rule(layer: nn.Module, base: nn.Module, x: Tensor, *others: Tensor | None) -> Tensor:
     """The layer computes in float32 with what has come over the wire in bfloat16."""
-    return _right_product(layer, base, x, *(other if other is None else other.float() for other in others))
+    *numbers, keep = others
+    return _right_rule(layer, base, x, *(other if other is None else other.float() for other in numbers), keep)
 
 
 class _CastingFlat(FullyShardedDataParallel):

@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from unittest import mock
 
 import torch
+from bitsandbytes import functional
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from parity.case import Case
 from parity.implementations.mutants.base import Mutant
 from parity.job import Place
-from torch_impl import layers, quant, sharding
+from torch_impl.layers import dora as layers
+from torch_impl.layers import quant
+from torch_impl.sharding import apply as sharding
 
 _BLOCK = 64
 
@@ -24,13 +27,13 @@ class NibbleSwap(Mutant):
 
     def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
         """Swap after bitsandbytes has packed."""
-        pack = quant.bnb.quantize_4bit
+        pack = functional.quantize_4bit
 
         def swapped(*args: object, **options: object) -> tuple[Tensor, object]:
             packed, state = pack(*args, **options)
             return (packed >> 4) | (packed << 4), state
 
-        return mock.patch.object(quant.bnb, "quantize_4bit", swapped)
+        return mock.patch.object(functional, "quantize_4bit", swapped)
 
 
 class Nf4TieUp(Mutant):
@@ -38,13 +41,13 @@ class Nf4TieUp(Mutant):
 
     def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
         """Nudge before bitsandbytes encodes."""
-        pack = quant.bnb.quantize_4bit
+        pack = functional.quantize_4bit
 
         def nudged(weight: Tensor, *args: object, **options: object) -> tuple[Tensor, object]:
             up = torch.nextafter(weight, torch.full_like(weight, torch.inf))
             return pack(torch.where(_largest(weight), weight, up), *args, **options)
 
-        return mock.patch.object(quant.bnb, "quantize_4bit", nudged)
+        return mock.patch.object(functional, "quantize_4bit", nudged)
 
 
 def _largest(weight: Tensor) -> Tensor:

@@ -17,7 +17,10 @@ from parity.case import Case, SteppedCase
 from parity.implementations import torch_stack, torch_training
 from parity.implementations.mutants.base import Mutant
 from parity.job import Place
-from torch_impl import accumulation, checkpoint, layers, optim, sharding
+from torch_impl.files import checkpoint
+from torch_impl.layers import dora as layers
+from torch_impl.sharding import apply as sharding
+from torch_impl.training import accumulation, optim
 
 
 class MeanOfMeans(Mutant):

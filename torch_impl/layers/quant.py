@@ -1,0 +1,168 @@
+"""Four-bit storage of a base weight: quantise with bitsandbytes, hold the bytes as a float parameter, decode.
+
+Axes: O output features, I input features. `packed` is (n, 1) of the storage dtype, `bytes` uint8.
+Clauses: Q1 blocks, Q3 pack and padding, Q4 decode, Q6 nested, Q7 non-finite, S6 opaque bytes.
+
+Weights are always quantised to uint8; the bytes are then padded to the storage's item size and *viewed* (bitsandbytes
+would raise where they don't divide, Q3). The view is cut back before decoding: padding never reaches the decoder.
+
+Decoding goes through one flat row of an even count: bitsandbytes 0.50.2's CPU decoder starts a block anew with each row
+of the shape it is told, so a weight whose I is no multiple of the blocksize comes out wrong from its own quant state
+(50 x 96: an element off by 1.6; Q1 says that blocks run through).
+
+bitsandbytes is imported where it works, not where this module is: it loads torch's compiler, half as much as torch.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from torch_impl.config import COMPUTE_DTYPES, QuantConfig
+from torch_impl.errors import DtypeError, NonFiniteError, StorageError
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """What the bytes mean: all of the quant state that is no tensor, plus the storage."""
+
+    shape: tuple[int, int]
+    """(O, I) of the weight."""
+    dtype: torch.dtype
+    """The weight's dtype before it was packed."""
+    blocksize: int
+    """Elements that share one absmax (Q1)."""
+    quant_type: str
+    """bitsandbytes' name of the codebook (Q2)."""
+    storage: torch.dtype
+    """What the bytes are viewed as (Q3)."""
+    nested_blocksize: int | None
+    """Absmax that share one second absmax (Q6); None where absmax are plain float32."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that carry nibbles: two elements each, an odd last one padded (Q1)."""
+        return -(-self.shape[0] * self.shape[1] // 2)
+
+
+def refuse_non_finite(tensor: Tensor, name: str) -> None:
+    """Q7: a weight with NaN or infinity is refused, with its name and the first bad index.
+
+    Raises:
+        NonFiniteError: some element isn't finite.
+    """
+    if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all()):
+        index = tuple((~torch.isfinite(tensor)).nonzero()[0].tolist())
+        raise NonFiniteError(
+            f"{name} holds {tensor[index].item()} at index {index}",
+            hint="mend the checkpoint: DoRA divides by row norms",
+        )
+
+
+def view_bytes(bytes_N: Tensor, storage: torch.dtype) -> Tensor:
+    """Q3: packed bytes as (n, 1) of the storage dtype, zero-padded to its item size; no bit changes."""
+    padding = -bytes_N.numel() % storage.itemsize
+    padded = torch.cat([bytes_N.flatten(), bytes_N.new_zeros(padding)])
+    return padded.view(storage).reshape(-1, 1)
+
+
+def quantize(W_OI: Tensor, config: QuantConfig, *, name: str) -> tuple[Tensor, dict[str, Tensor], PackedFormat]:
+    """Pack a finite weight: the stored tensor, the quant state's tensors by name, the format.
+
+    Raises:
+        NonFiniteError: the weight isn't finite.
+        DtypeError: bitsandbytes doesn't pack its dtype.
+    """
+    if W_OI.dtype not in COMPUTE_DTYPES:
+        raise DtypeError(f"{name} is {W_OI.dtype}, which can't be packed", hint=f"cast it to one of {COMPUTE_DTYPES}")
+    refuse_non_finite(W_OI, name)
+    from bitsandbytes.functional import quantize_4bit  # noqa: PLC0415 - see the top
+
+    packed, state = quantize_4bit(
+        W_OI.detach().contiguous(),
+        blocksize=config.blocksize,
+        compress_statistics=config.nested,
+        quant_type=config.quant_type,
+        quant_storage=torch.uint8,
+    )
+    return from_quant_state(packed, state, storage=config.quant_storage)
+
+
+def from_quant_state(
+    packed: Tensor, state: "QuantState", *, storage: torch.dtype
+) -> tuple[Tensor, dict[str, Tensor], PackedFormat]:
+    """Take over what bitsandbytes holds: its bytes (in any storage) and its quant state."""
+    nested = state.state2
+    packed_format = PackedFormat(
+        shape=tuple(state.shape),
+        dtype=state.dtype,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        storage=storage,
+        nested_blocksize=nested.blocksize if nested else None,
+    )
+    tensors = {"absmax": state.absmax, "code": state.code}
+    if nested:
+        tensors |= {"nested_absmax": nested.absmax, "nested_code": nested.code, "nested_offset": state.offset}
+    bytes_N = packed.detach().contiguous().view(torch.uint8).flatten()
+    if bytes_N.numel() < packed_format.nbytes:
+        raise StorageError(
+            f"{bytes_N.numel()} packed bytes for {packed_format.shape}", hint=f"{packed_format.nbytes} are needed"
+        )
+    return view_bytes(bytes_N[: packed_format.nbytes], storage), tensors, packed_format
+
+
+def decode(stored: Tensor, tensors: dict[str, Tensor], packed_format: PackedFormat, *, dtype: torch.dtype) -> Tensor:
+    """Q4: the weight (O, I), code times absmax in float32 with one cast to `dtype` (float32, bfloat16 or float16).
+
+    Raises:
+        StorageError: the bytes were cast on the way here (S6).
+    """
+    from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415 - see the top
+
+    if stored.dtype != packed_format.storage:
+        raise StorageError(
+            f"packed bytes arrive as {stored.dtype}, not {packed_format.storage}", hint="never cast them (S6)"
+        )
+    bytes_N1 = stored.view(torch.uint8).reshape(-1, 1)[: packed_format.nbytes]
+    state = _quant_state(tensors, packed_format, dtype=dtype)
+    W_N = dequantize_4bit(bytes_N1, quant_state=state)
+    return W_N.flatten()[: math.prod(packed_format.shape)].reshape(packed_format.shape)
+
+
+def is_finite(tensors: dict[str, Tensor], packed_format: PackedFormat) -> bool:
+    """Q7: whether a packed weight surely decodes to finite numbers, as its quant state bounds them: no decoding."""
+    absmax = tensors["absmax"].abs().amax().double()
+    if packed_format.nested_blocksize is not None:
+        nested = tensors["nested_absmax"].abs().amax().double() * tensors["nested_code"].abs().amax()
+        absmax = nested + tensors["nested_offset"].abs()
+    return bool(absmax * tensors["code"].abs().amax() <= torch.finfo(torch.float32).max)
+
+
+def _quant_state(tensors: dict[str, Tensor], packed_format: PackedFormat, *, dtype: torch.dtype) -> "QuantState":
+    """The state object that bitsandbytes decodes with, made of our buffers."""
+    from bitsandbytes.functional import QuantState  # noqa: PLC0415 - see the top
+
+    nested = None
+    if packed_format.nested_blocksize is not None:
+        nested = QuantState(
+            absmax=tensors["nested_absmax"],
+            code=tensors["nested_code"],
+            blocksize=packed_format.nested_blocksize,
+            dtype=torch.float32,
+        )
+    return QuantState(
+        absmax=tensors["absmax"],
+        shape=torch.Size([2 * packed_format.nbytes]),
+        code=tensors["code"],
+        blocksize=packed_format.blocksize,
+        quant_type=packed_format.quant_type,
+        dtype=dtype,
+        offset=tensors.get("nested_offset"),
+        state2=nested,
+    )

@@ -1,0 +1,1 @@
+"""A run judged before it begins, from shapes alone: findings, memory, collectives."""

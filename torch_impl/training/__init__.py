@@ -1,0 +1,1 @@
+"""`python -m torch_impl train`: options, data, steps, phases, and what becomes of a run that is asked to stop."""
