@@ -24,7 +24,7 @@ def run(source: str, folder: Path, *, keep: str = CASES) -> subprocess.Completed
     """Put the example to the proof."""
     (folder / "my_dora.py").write_text(source, encoding="utf-8")
     command = [sys.executable, "-m", "parity", "run", "--impl", "my_dora:MyDora", "-k", keep]
-    options = {"cwd": folder, "capture_output": True, "text": True, "timeout": 100}
+    options = {"cwd": folder, "capture_output": True, "text": True, "timeout": 300}
     return subprocess.run(command, check=False, **options)  # noqa: S603 - our own command
 
 
@@ -51,7 +51,7 @@ def fine_tune(folder: Path, *words: str) -> list[str]:
     """Run the fine-tune in JAX; the lines that it prints."""
     (folder / "fine_tune.py").write_text(example("fine_tune.py"), encoding="utf-8")
     command = [sys.executable, "fine_tune.py", *words]
-    options = {"cwd": folder, "capture_output": True, "text": True, "timeout": 100}
+    options = {"cwd": folder, "capture_output": True, "text": True, "timeout": 300}
     result = subprocess.run(command, check=False, **options)  # noqa: S603 - our own command
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()

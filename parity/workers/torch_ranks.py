@@ -28,7 +28,7 @@ _PRELOADED = (
     "torch.distributed.tensor",
     "torch._dynamo",
     "torch.distributed._composable.fsdp",
-    "bitsandbytes",
+    "parity.workers.codec",
     "torch_impl",
     "parity.implementations.torch_stack",
 )
