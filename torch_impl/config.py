@@ -70,6 +70,8 @@ class DoraConfig:
     """The numerator of the scaling (D1)."""
     target_modules: str | Collection[str] = ALL_LINEAR
     """`"all-linear"`, a regular expression for whole names, or names and their endings (as PEFT reads them)."""
+    target_parameters: Collection[str] = ()
+    """D16: names, or their endings, of parameters that hold a stack of experts' matrices, as PEFT names them."""
     quant: Literal["nf4"] | QuantConfig | None = None
     """How the base weights are stored: as they are, `"nf4"` (nested), or as a `QuantConfig` says."""
     rank_stabilized: bool = False
@@ -88,7 +90,11 @@ class DoraConfig:
             raise ScalingError(
                 f"alpha {self.alpha!r} gives no usable scaling", hint="use a finite alpha other than 0, say 2 * rank"
             )
-        if not self.target_modules:
+        if isinstance(self.target_parameters, str):
+            raise TargetError(
+                f"target_parameters is the text {self.target_parameters!r}", hint="give a list of names or endings"
+            )
+        if not self.target_modules and not self.target_parameters:
             raise TargetError("target_modules is empty", hint='name modules, or use "all-linear"')
         if self.compute_dtype is not None and self.compute_dtype not in COMPUTE_DTYPES:
             raise DtypeError(

@@ -1,11 +1,12 @@
 """`apply_dora`: replace every targeted layer of a model by a DoRA layer of its kind, and freeze the rest.
 
-Clauses: D1, D3, D6, Q7. Targets are read as PEFT reads them.
+Clauses: D1, D3, D6, D16, Q7. Targets are read as PEFT reads them.
 """
 
 import re
+import warnings
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,7 +16,8 @@ from torch_impl.errors import DtypeError, RankError, StorageError, TargetError
 from torch_impl.layers import quant
 from torch_impl.layers.bases import DenseBase, PackedBase, TransposedBase
 from torch_impl.layers.dora import DoraLayer
-from torch_impl.layers.kinds import is_linear, is_linear4bit, kind_of, own_forward, rows_of
+from torch_impl.layers.experts import DoraExperts, Stack, is_stack, lend
+from torch_impl.layers.kinds import Target, is_linear, is_linear4bit, kind_of, own_forward, rows_of
 from torch_impl.timing import timed
 
 
@@ -27,7 +29,7 @@ def apply_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
 
     Args:
         model: any torch model; nn.Linear, bitsandbytes' Linear4bit, transformers' Conv1D, nn.Embedding and nn.Conv1d to
-            3d can be targets. It is changed in place.
+            3d can be targets, and the stacks of experts that `target_parameters` names. It is changed in place.
         config: the adapter.
 
     Returns:
@@ -43,15 +45,51 @@ def apply_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
     """
     _refuse_unready(model)
     names = list(target_names(model, config))
-    targets = [model.get_submodule(name) for name in names]
+    targets = [target(model, name) for name in names]
     for name, module in zip(names, targets, strict=True):
         refuse_target(name, module, config)
-    made = {id(module): dora_linear(module, config, name=name) for name, module in zip(names, targets, strict=True)}
+    _warn_of_experts(model, config, names)
+    made = {module: dora_linear(module, config, name=name) for name, module in zip(names, targets, strict=True)}
     model.requires_grad_(False)
     for name, module in zip(names, targets, strict=True):
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, made[id(module)])
+        put(model, name, module, made[module])
     return model
+
+
+def target(model: nn.Module, name: str) -> Target:
+    """What a name stands for: a module, or a parameter of one."""
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    return Stack(owner, leaf) if leaf in owner._parameters else model.get_submodule(name)  # noqa: SLF001
+
+
+def put(model: nn.Module, name: str, module: Target, layer: DoraLayer) -> None:
+    """Put a layer in its target's place; under a second name of one module, too."""
+    parent, _, leaf = name.rpartition(".")
+    if isinstance(module, Stack):
+        lend(module, cast("DoraExperts", layer))
+    else:
+        setattr(model.get_submodule(parent), leaf, layer)
+
+
+def _warn_of_experts(model: nn.Module, config: DoraConfig, names: Collection[str]) -> None:
+    """D16: "all-linear" means modules; say so where most of a model's weights are parameters of experts."""
+    left = [name for name in stacks(model) if name not in names]
+    if config.target_modules == ALL_LINEAR and left:
+        leaves = sorted({name.rpartition(".")[2] for name in left})
+        warnings.warn(
+            f'"all-linear" leaves {len(left)} stacks of experts as they are, {left[0]} among them: '
+            f"name them by target_parameters={leaves}",
+            stacklevel=3,
+        )
+
+
+def stacks(model: nn.Module) -> Iterator[str]:
+    """The names of all parameters that hold a stack of experts' matrices."""
+    for name, module in model.named_modules():
+        for leaf in module._parameters:  # noqa: SLF001 - its own
+            if is_stack(module, leaf):
+                yield f"{name}.{leaf}"
 
 
 def _refuse_unready(model: nn.Module) -> None:
@@ -67,7 +105,7 @@ def _refuse_unready(model: nn.Module) -> None:
             )
 
 
-def dora_linear(module: nn.Module, config: DoraConfig, *, name: str = "") -> DoraLayer:
+def dora_linear(module: Target, config: DoraConfig, *, name: str = "") -> DoraLayer:
     """One DoRA layer over one layer of any kind; its weight is shared where it stays dense.
 
     Raises:
@@ -80,11 +118,20 @@ def dora_linear(module: nn.Module, config: DoraConfig, *, name: str = "") -> Dor
     if bias is not None:
         quant.refuse_non_finite(bias, f"{name}.bias")
     with timed("quantise" if config.quant else "take over"):
-        base = _base(module, config.quant_config, name=f"{name}.weight", transposed=kind.transposed)
+        base = _base(
+            module, config.quant_config, name=_weight_name(name, module), transposed=kind.stores_transposed(module)
+        )
     if config.compute_dtype is None and base.dtype not in COMPUTE_DTYPES:
-        raise DtypeError(f"{name}.weight is {base.dtype}", hint=f"set compute_dtype to one of {COMPUTE_DTYPES}")
+        raise DtypeError(
+            f"{_weight_name(name, module)} is {base.dtype}", hint=f"set compute_dtype to one of {COMPUTE_DTYPES}"
+        )
     with timed("adapters"):
         return kind.over(module, base, config).train(module.training)
+
+
+def _weight_name(name: str, module: Target) -> str:
+    """What a message calls the target's weight."""
+    return name if isinstance(module, Stack) else f"{name}.weight"
 
 
 def _base(module: Any, config: QuantConfig | None, *, name: str, transposed: bool) -> DenseBase | PackedBase:
@@ -104,7 +151,7 @@ def _base(module: Any, config: QuantConfig | None, *, name: str, transposed: boo
     if config is None and is_linear4bit(module):
         config = _linear4bit_config(module)
     if config is not None:
-        return PackedBase(*quant.quantize(module.weight.T if transposed else module.weight, config, name=name))
+        return PackedBase(*quant.quantize(module.weight.mT if transposed else module.weight, config, name=name))
     quant.refuse_non_finite(module.weight, name)
     return TransposedBase(module.weight) if transposed else DenseBase(module.weight)
 
@@ -116,22 +163,25 @@ def _linear4bit_config(linear: Any) -> QuantConfig:
 
 
 def target_names(model: nn.Module, config: DoraConfig) -> Iterator[str]:
-    """The full names of the targets, aliases included.
+    """The full names of the targets in the order of registration, aliases of modules included.
 
     Raises:
         TargetError: there are none.
     """
-    wanted = config.target_modules
+    wanted, parameters = config.target_modules, config.target_parameters
     excluded = _output_embedding(model)
     count = 0
     for name, module in model.named_modules(remove_duplicate=False):
-        if not _matches(name, wanted) or (wanted == ALL_LINEAR and (not is_linear(module) or module is excluded)):
-            continue
-        count += 1
-        yield name
+        left = wanted == ALL_LINEAR and (not is_linear(module) or module is excluded)
+        own = [] if left or not _matches(name, wanted) else [name]
+        full = [f"{name}.{leaf}".lstrip(".") for leaf in module._parameters]  # noqa: SLF001 - its own
+        own += [name for name in full if parameters and _matches(name, parameters)]
+        count += len(own)
+        yield from own
     if not count:
         some = [name for name, module in model.named_modules() if is_linear(module)][:3]
-        raise TargetError(f"target_modules {wanted!r} match nothing", hint=f"linear layers here are {some or 'none'}")
+        what = f"target_modules {wanted!r}" + (f" and target_parameters {parameters!r}" if parameters else "")
+        raise TargetError(f"{what} match nothing", hint=f"linear layers here are {some or 'none'}")
 
 
 def _matches(name: str, wanted: str | Collection[str]) -> bool:
@@ -149,7 +199,7 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
     return None if find is None else find()
 
 
-def refuse_target(name: str, module: nn.Module, config: DoraConfig) -> None:
+def refuse_target(name: str, module: Target, config: DoraConfig) -> None:
     """Refuse what can be told from shapes and types, before anything is changed.
 
     Raises:
@@ -157,6 +207,8 @@ def refuse_target(name: str, module: nn.Module, config: DoraConfig) -> None:
         RankError: the rank is larger than both sides of its weight, or of one group's part of it.
         StorageError: it is to be packed, and is no linear layer.
     """
+    if isinstance(module, Stack):
+        _refuse_stack(name, module, config)
     rows = rows_of(module)
     kind = type(module).__name__
     if rows is None or name == "":
@@ -180,13 +232,32 @@ def refuse_target(name: str, module: nn.Module, config: DoraConfig) -> None:
                 f"{name} has {option}={getattr(module, option)}",
                 hint="unset it: an adapted embedding has no such option",
             )
-    if config.quant is not None and not is_linear(module):
+    adapts = kind_of(module)
+    if config.quant is not None and adapts is not None and not adapts.packs:
         raise StorageError(
             f"quant {config.quant!r} can't store {name}, a {kind}", hint="target linear layers alone, or use quant=None"
         )
     if config.rank > max(rows.matrix):
-        part = f" (one of {rows.groups} groups)" if rows.groups > 1 else ""
+        parts = "experts" if isinstance(module, Stack) else "groups"
+        part = f" (one of {rows.groups} {parts})" if rows.groups > 1 else ""
         raise RankError(
             f"rank {config.rank} is larger than both sides of {name}, {rows.matrix}{part}",
             hint=f"use at most {max(rows.matrix)}",
+        )
+
+
+def _refuse_stack(name: str, stack: Stack, config: DoraConfig) -> None:
+    """D16: what isn't a stack of experts' matrices of known orientation, or can't be packed matrix by matrix."""
+    owner = type(stack.owner).__name__
+    if not is_stack(stack.owner, stack.leaf):
+        raise TargetError(
+            f"{name} {tuple(stack.weight.shape)} is no stack of experts that transformers says the orientation of, but "
+            f"a parameter of a {owner}",
+            hint="name experts' 3-D parameters in target_parameters, layers in target_modules",
+        )
+    quant_config, numbers = config.quant_config, stack.weight[0].numel()
+    if quant_config is not None and numbers % quant_config.blocksize:
+        raise StorageError(
+            f"an expert of {name} has {numbers} numbers, no whole blocks of {quant_config.blocksize}",
+            hint="use a smaller blocksize, or leave it out",
         )

@@ -7,6 +7,7 @@ from torch import nn
 
 from torch_impl.errors import ShardingError
 from torch_impl.layers.dora import DoraLayer
+from torch_impl.layers.experts import DoraExperts, give_back
 from torch_impl.wrappers import is_sharded
 
 
@@ -28,8 +29,12 @@ def merge_adapter(model: nn.Module) -> nn.Module:
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, DoraLayer):
             parent, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(parent)
+            if isinstance(layer, DoraExperts):
+                give_back(owner, leaf, layer.merged_weight().to(layer.base.dtype))
+                continue
             made[id(layer)] = made.get(id(layer)) or _merged(layer)
-            setattr(model.get_submodule(parent), leaf, made[id(layer)])
+            setattr(owner, leaf, made[id(layer)])
     if _ties_broken(model):
         model.config.tie_word_embeddings = False
     return model

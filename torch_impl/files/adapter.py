@@ -21,9 +21,18 @@ from torch import Tensor, distributed, nn
 
 from torch_impl.config import DoraConfig, QuantConfig
 from torch_impl.errors import AdapterFileError
-from torch_impl.files.peft_names import adapter_shapes, as_stored, base_shapes, own_name, target_rows
+from torch_impl.files.peft_names import (
+    adapter_shapes,
+    as_ours,
+    as_stored,
+    base_shapes,
+    own_name,
+    stored_names,
+    target_rows,
+)
 from torch_impl.inject import apply_dora
 from torch_impl.layers.dora import DoraLayer
+from torch_impl.layers.experts import DoraExperts
 from torch_impl.layers.kinds import KINDS
 from torch_impl.layers.quant import refuse_non_finite
 from torch_impl.layers.rows import Rows
@@ -141,6 +150,7 @@ def _peft_config(model: nn.Module) -> dict[str, Any]:
 
 def _peft_json(config: DoraConfig, layers: dict[str, Rows], *, base: str | None) -> dict[str, Any]:
     """The adapter's configuration as PEFT writes it."""
+    experts = sorted(name for name, rows in layers.items() if rows.kind == "experts")
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -149,7 +159,8 @@ def _peft_json(config: DoraConfig, layers: dict[str, Rows], *, base: str | None)
         "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else config.alpha,
         "use_rslora": config.rank_stabilized,
         "use_dora": config.method == "dora",
-        "target_modules": sorted(layers),
+        "target_modules": sorted(name for name, rows in layers.items() if rows.kind != "experts"),
+        **({"target_parameters": experts} if experts else {}),
         "lora_dropout": config.dropout,
         "bias": "none",
         "fan_in_fan_out": any(KINDS[rows.kind].linear and KINDS[rows.kind].transposed for rows in layers.values()),
@@ -185,13 +196,15 @@ def write_adapter(
 
 def _warn_of_peft(model: nn.Module) -> None:
     """Say which layers PEFT would make another function of."""
-    others = [n for n, layer in _layers(model).items() if not layer.is_pefts]
-    if others:
-        warnings.warn(
-            f"peft pads, groups or dilates {', '.join(others[:3])} otherwise and would refuse or misread the adapter: "
-            "load it with load_adapter, or merge it",
-            stacklevel=3,
-        )
+    others = {n: layer for n, layer in _layers(model).items() if not layer.is_pefts}
+    for experts, does in ((True, "has no DoRA on"), (False, "pads, groups or dilates")):
+        names = [name for name, layer in others.items() if isinstance(layer, DoraExperts) == experts]
+        if names:
+            warnings.warn(
+                f"peft {does} {', '.join(names[:3])}{'' if experts else ' otherwise'} and would refuse or misread the "
+                "adapter: load it with load_adapter, or merge it",
+                stacklevel=3,
+            )
 
 
 def _whole_adapter(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -259,7 +272,8 @@ def _read_config(path: Path, **own: Any) -> DoraConfig:
     return DoraConfig(
         rank=found["r"],
         alpha=found["lora_alpha"],
-        target_modules=found["target_modules"],
+        target_modules=found["target_modules"] or (),
+        target_parameters=found.get("target_parameters") or (),
         rank_stabilized=bool(found.get("use_rslora")),
         method="dora" if found.get("use_dora") else "lora",
         dropout=found.get("lora_dropout") or 0.0,
@@ -272,13 +286,18 @@ def _read_tensors(path: Path, model: nn.Module, config: DoraConfig) -> dict[str,
     layers = target_rows(model, config)
     shapes = adapter_shapes(layers, config)
     bases = base_shapes(model, layers, config)
+    known = stored_names(shapes, layers)
+    stored = dict(known.values())
     try:
         with safe_open(path, "pt") as file:
-            keys = {own_name(key): key for key in file.keys()}  # noqa: SIM118 - it is no mapping
+            keys = {known[key][0] if key in known else own_name(key): key for key in file.keys()}  # noqa: SIM118 - it is no mapping
             _refuse_names(path, set(keys) - set(bases), set(shapes))
             for name, key in keys.items():
-                _refuse_shape(path, key, tuple(file.get_slice(key).get_shape()), (shapes | bases)[name])
-            tensors = {name: file.get_tensor(key).reshape((shapes | bases)[name]) for name, key in keys.items()}
+                _refuse_shape(path, key, tuple(file.get_slice(key).get_shape()), (stored | bases)[name])
+            tensors = {
+                name: as_ours(name, file.get_tensor(key), layers).reshape((shapes | bases)[name])
+                for name, key in keys.items()
+            }
     except (OSError, SafetensorError) as problem:
         raise AdapterFileError(f"{path} can't be read: {problem}", hint="save or copy the adapter again") from None
     for name, tensor in tensors.items():

@@ -15,6 +15,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,9 @@ from torch import Tensor, distributed, nn
 from torch_impl import inject
 from torch_impl.config import DoraConfig, QuantConfig
 from torch_impl.errors import ModelFileError
+from torch_impl.layers.dora import DoraLayer
+from torch_impl.layers.experts import Stack
+from torch_impl.layers.kinds import Target
 from torch_impl.timing import timed
 
 _TRIM_EVERY = 2**24
@@ -62,26 +66,26 @@ def materialize(
     reader = _Reader(folder, model, sends=load == "rank0")
     names = list(inject.target_names(model, config)) if config else []
     for name in names:
-        inject.refuse_target(name, model.get_submodule(name), config)
-    targets = {id(model.get_submodule(name)): name for name in reversed(names)}
-    made: dict[int, nn.Module] = {}
+        inject.refuse_target(name, inject.target(model, name), config)
+    targets = {name: inject.target(model, name) for name in names}
+    first = {module: name for name, module in reversed(targets.items())}
+    made: dict[Target, DoraLayer] = {}
     passed = 0
     for name, module in list(model.named_modules()):
         note(name)
-        if id(module) in targets:
-            _load_own(reader, name, module, packed_allowed=True)
-            made[id(module)] = inject.dora_linear(module, config, name=name)
-            passed += module.weight.nbytes
-            module.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # the original has been packed
+        _load_own(reader, name, module, packed_allowed=module in first)
+        stacks = [s for s in map(partial(Stack, module), module._parameters) if s in first]  # noqa: SLF001
+        for ready in [module] if module in first else stacks:
+            made[ready] = inject.dora_linear(ready, config, name=first[ready])
+            passed += ready.weight.nbytes
+            owner, leaf = (ready.owner, ready.leaf) if isinstance(ready, Stack) else (ready, "weight")
+            owner.register_parameter(leaf, nn.Parameter(torch.empty(0), requires_grad=False))  # it has been packed
             if passed > _TRIM_EVERY:
                 passed = _give_back()
-        else:
-            _load_own(reader, name, module)
     if config:
         model.requires_grad_(False)
-    for name, layer in [(name, made[id(model.get_submodule(name))]) for name in names]:
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer)
+    for name, module in targets.items():
+        inject.put(model, name, module, made[module])
     return model
 
 

@@ -8,12 +8,17 @@ an embedding's lora_A (R, V)     NAME.lora_embedding_A
 an embedding's lora_B (O, R)     NAME.lora_embedding_B
 NAME.base.weight                 NAME.base_layer.weight: of an adapted embedding PEFT saves the weight as well, and
                                  loads it
+NAME.STACK.lora_A (E, R, I)      NAME.lora_A.weight (E R, I) of the module's last stack of experts that is adapted, and
+                                 NAME.base_layer.lora_A.weight of the one before it, as PEFT's wrappers lie
+NAME.STACK.lora_B (E, O, R)      ....lora_B.weight (O, R E), the experts innermost
+NAME.STACK.magnitude (E, O)      ....lora_magnitude_vector, which PEFT can't load
 """
 
+import torch
 from torch import Tensor, nn
 
 from torch_impl.config import DoraConfig
-from torch_impl.inject import refuse_target, target_names
+from torch_impl.inject import refuse_target, target, target_names
 from torch_impl.layers.kinds import KINDS, rows_of
 from torch_impl.layers.rows import Rows
 
@@ -28,7 +33,7 @@ def target_rows(model: nn.Module, config: DoraConfig) -> dict[str, Rows]:
     """
     found: dict[str, Rows] = {}
     for name in target_names(model, config):
-        module = model.get_submodule(name)
+        module = target(model, name)
         refuse_target(name, module, config)
         rows = rows_of(module)
         if rows is not None:
@@ -47,16 +52,36 @@ def base_shapes(model: nn.Module, layers: dict[str, Rows], config: DoraConfig) -
     """The base weights that a file may hold, by our names: PEFT saves an adapted embedding's beside the adapter."""
     if config.quant is not None:
         return {}
-    return {f"{name}.base.weight": tuple(model.get_submodule(name).weight.shape) for name in layers}
+    return {f"{name}.base.weight": tuple(target(model, name).weight.shape) for name in layers}
 
 
 def as_stored(name: str, tensor: Tensor, layers: dict[str, Rows]) -> tuple[str, Tensor]:
-    """PEFT's name and shape of a parameter of ours."""
+    """PEFT's name and shape of a parameter of ours; of layers in the order of registration."""
     layer, _, leaf = name.rpartition(".")
     rows = layers[layer]
     kind = KINDS[rows.kind]
-    shape = kind.peft_magnitude(rows) if leaf == "magnitude" else tensor.shape
-    return f"{PREFIX}{layer}.{kind.peft_names[leaf]}", tensor.reshape(shape).contiguous()
+    place = _wrapped(layer, layers) if rows.kind == "experts" else layer
+    return f"{PREFIX}{place}.{kind.peft_names[leaf]}", kind.to_peft(leaf, tensor, rows).contiguous()
+
+
+def as_ours(name: str, tensor: Tensor, layers: dict[str, Rows]) -> Tensor:
+    """What PEFT's tensor is as the parameter of ours that has this name, up to axes of 1."""
+    layer, _, leaf = name.rpartition(".")
+    rows = layers.get(layer)
+    return tensor if rows is None else KINDS[rows.kind].from_peft(leaf, tensor, rows)
+
+
+def stored_names(shapes: dict[str, tuple[int, ...]], layers: dict[str, Rows]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Our name and PEFT's shape of every adapter tensor, by PEFT's name."""
+    found = {name: as_stored(name, torch.empty(shape, device="meta"), layers) for name, shape in shapes.items()}
+    return {key: (name, tuple(tensor.shape)) for name, (key, tensor) in found.items()}
+
+
+def _wrapped(stack: str, layers: dict[str, Rows]) -> str:
+    """Where PEFT's wrapper of a stack of experts lies: each later one of the module is around it."""
+    owner = stack.rpartition(".")[0]
+    siblings = [name for name, rows in layers.items() if rows.kind == "experts" and name.rpartition(".")[0] == owner]
+    return owner + ".base_layer" * (len(siblings) - 1 - siblings.index(stack))
 
 
 def own_name(key: str) -> str:

@@ -7,6 +7,7 @@ S8: a base's forward runs what it is given, the one place where its weight is wh
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,22 +43,29 @@ class DenseBase(nn.Module):
         """The weight in `dtype`: itself, where it has that already."""
         return stored.to(dtype)
 
-    def forward(self, work: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    def matrix(self, index: int) -> tuple[Tensor, Callable[..., Tensor]]:
+        """One of a stack of matrices (D16): what is stored of it, and what decodes that; for `RuleProduct`."""
+        return self.weight[index], self.decode
+
+    def forward(self, work: Callable[..., Tensor], *tensors: Any) -> Tensor:
         """S8: `work(base, *tensors)`, inside the forward of the module that owns the weight."""
         return work(self, *tensors)
 
 
 class TransposedBase(DenseBase):
-    """A frozen weight that is stored (I, O), as Conv1D and embeddings have it; it decodes to (O, I), a view."""
+    """A frozen weight that is stored (I, O), as Conv1D and embeddings have it; it decodes to (O, I), a view.
+
+    Or a stack of such matrices (E, I, O), which decodes to (E, O, I).
+    """
 
     @property
     def shape(self) -> torch.Size:
         """What the whole weight decodes to, before it is sharded."""
-        return self.weight.shape[::-1]
+        return self.weight.mT.shape
 
     def decode(self, stored: Tensor, *, dtype: torch.dtype) -> Tensor:
         """The weight (O, I) in `dtype`, in the memory order in which it is stored."""
-        return stored.T.to(dtype)
+        return stored.mT.to(dtype)
 
 
 class PackedBase(nn.Module):
@@ -89,10 +97,20 @@ class PackedBase(nn.Module):
 
     def decode(self, stored: Tensor, *, dtype: torch.dtype) -> Tensor:
         """Q4: the dequantised weight (O, I) in `dtype`."""
-        state = {name: getattr(self, name) for name in self.state_names}
-        return quant.decode(stored, state, self.format, dtype=dtype)
+        return quant.decode(stored, self._state(), self.format, dtype=dtype)
 
-    def forward(self, work: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    def matrix(self, index: int) -> tuple[Tensor, Callable[..., Tensor]]:
+        """One of a stack of matrices (D16), of whole blocks: its bytes, and what decodes them; for `RuleProduct`."""
+
+        def decode(stored: Tensor, *, dtype: torch.dtype) -> Tensor:
+            return quant.decode_matrix(stored, self._state(), self.format, index=index, dtype=dtype)
+
+        return quant.bytes_of_matrix(self.weight, self.format, index=index), decode
+
+    def _state(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.state_names}
+
+    def forward(self, work: Callable[..., Tensor], *tensors: Any) -> Tensor:
         """S8: `work(base, *tensors)`, inside the forward of the module that owns the bytes."""
         return work(self, *tensors)
 

@@ -17,7 +17,7 @@ class DoraConv1D(DoraLinear):
     transposed = True
 
     @staticmethod
-    def standard() -> tuple[type[nn.Module], ...]:
+    def standard() -> tuple[type, ...]:
         """Conv1D, where transformers has been imported: else no module is one."""
         loaded = sys.modules.get("transformers.pytorch_utils")
         return () if loaded is None else (loaded.Conv1D,)

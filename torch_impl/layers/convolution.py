@@ -111,9 +111,9 @@ class DoraConvolution(DoraLayer):
         return kind(**self.settings, bias=self.bias is not None, device="meta")
 
     @staticmethod
-    def peft_magnitude(rows: Rows) -> tuple[int, ...]:
-        """(1, O, 1 ...)."""
-        return (1, rows.out, *(1,) * (len(rows.row) - 1))
+    def to_peft(leaf: str, tensor: Tensor, rows: Rows) -> Tensor:
+        """C1: the magnitude as (1, O, 1 ...)."""
+        return tensor.reshape(1, rows.out, *(1,) * (len(rows.row) - 1)) if leaf == "magnitude" else tensor
 
     @property
     def is_pefts(self) -> bool:

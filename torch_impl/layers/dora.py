@@ -50,7 +50,9 @@ class DoraLayer(nn.Module):
     kind: ClassVar[Kind]
     """Its name in `Rows.kind`."""
     linear: ClassVar[bool] = False
-    """Whether "all-linear" means it, and its weight may be packed."""
+    """Whether "all-linear" means it."""
+    packs: ClassVar[bool] = False
+    """Whether its weight may be packed in four bits."""
     transposed: ClassVar[bool] = False
     """Whether the layer that it stands for stores its weight (row, O)."""
     peft_names: ClassVar[dict[str, str]] = {
@@ -60,13 +62,19 @@ class DoraLayer(nn.Module):
 
     @staticmethod
     @abstractmethod
-    def standard() -> tuple[type[nn.Module], ...]:
+    def standard() -> tuple[type, ...]:
         """The classes that it stands for, and whose forward it computes."""
 
     @staticmethod
     @abstractmethod
     def rows_in(module: Any) -> Rows:
         """The rows of such a layer's weight."""
+
+    @classmethod
+    def stores_transposed(cls, module: Any) -> bool:
+        """Whether such a layer stores its weight (row, O)."""
+        del module
+        return cls.transposed
 
     @classmethod
     @abstractmethod
@@ -78,9 +86,16 @@ class DoraLayer(nn.Module):
         """The standard layer again, without weights: on the meta device."""
 
     @staticmethod
-    def peft_magnitude(rows: Rows) -> tuple[int, ...]:
-        """C1: the shape that PEFT gives the magnitude (O)."""
-        return (rows.out,)
+    def to_peft(leaf: str, tensor: Tensor, rows: Rows) -> Tensor:
+        """C1: a tensor of ours in the shape that PEFT gives it."""
+        del leaf, rows
+        return tensor
+
+    @staticmethod
+    def from_peft(leaf: str, tensor: Tensor, rows: Rows) -> Tensor:
+        """C1: a tensor of PEFT's in our order; the shape is then ours by `reshape`."""
+        del leaf, rows
+        return tensor
 
     @property
     def is_pefts(self) -> bool:
@@ -197,7 +212,7 @@ class DoraLayer(nn.Module):
         if not bool(finite_O.all()):
             row = int((~finite_O).nonzero()[0])
             raise MagnitudeRangeError(f"the norm of row {row} is beyond float32", hint="rescale the weight")
-        self.magnitude.copy_(n_O)
+        self.magnitude.copy_(n_O.view_as(self.magnitude))
 
     @torch.no_grad()
     def merged_weight(self) -> Float[Tensor, "O *row"]:
@@ -219,7 +234,7 @@ class DoraLayer(nn.Module):
         W = base.decode(base.weight, dtype=self.compute_dtype)
         W_GOK, A_GRK, B_GOR = self._by_groups(W, A, B)
         V_OK = torch.baddbmm(W_GOK.float(), B_GOR, A_GRK, alpha=self.scaling).reshape(self.rows.out, -1)
-        merged = V_OK if m_O is None else V_OK * ratio(m_O, self.row_norms(W, A, B))[:, None]
+        merged = V_OK if m_O is None else V_OK * ratio(m_O.flatten(), self.row_norms(W, A, B))[:, None]
         return merged.reshape(self.rows.out, *self.rows.row)
 
     def extra_repr(self) -> str:
@@ -238,7 +253,7 @@ class DoraLinear(DoraLayer):
     """
 
     kind = "linear"
-    linear = True
+    linear = packs = True
 
     def __init__(self, base: DenseBase | PackedBase, bias: Tensor | None, config: DoraConfig) -> None:
         out, fan_in = base.shape

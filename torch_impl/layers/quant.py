@@ -14,7 +14,7 @@ bitsandbytes is imported where it works, not where this module is: it loads torc
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 class PackedFormat:
     """What the bytes mean: all of the quant state that is no tensor, plus the storage."""
 
-    shape: tuple[int, int]
-    """(O, I) of the weight."""
+    shape: tuple[int, ...]
+    """(O, I) of the weight, or (E, O, I)."""
     dtype: torch.dtype
     """The weight's dtype before it was packed."""
     blocksize: int
@@ -47,7 +47,7 @@ class PackedFormat:
     @property
     def nbytes(self) -> int:
         """Bytes that carry nibbles: two elements each, an odd last one padded (Q1)."""
-        return -(-self.shape[0] * self.shape[1] // 2)
+        return -(-math.prod(self.shape) // 2)
 
 
 def refuse_non_finite(tensor: Tensor, name: str) -> None:
@@ -133,6 +133,38 @@ def decode(stored: Tensor, tensors: dict[str, Tensor], packed_format: PackedForm
     state = _quant_state(tensors, packed_format, dtype=dtype)
     W_N = dequantize_4bit(bytes_N1, quant_state=state)
     return W_N.flatten()[: math.prod(packed_format.shape)].reshape(packed_format.shape)
+
+
+def bytes_of_matrix(stored: Tensor, packed_format: PackedFormat, *, index: int) -> Tensor:
+    """The bytes of one of a stack of matrices, each of whole blocks: a view, uint8."""
+    length = packed_format.nbytes // packed_format.shape[0]
+    return stored.view(torch.uint8).reshape(-1)[index * length : (index + 1) * length]
+
+
+def decode_matrix(
+    stored: Tensor, tensors: dict[str, Tensor], packed_format: PackedFormat, *, index: int, dtype: torch.dtype
+) -> Tensor:
+    """Q4 of one of a stack of matrices (O, I), of its own bytes: the same bits as in the whole.
+
+    Its absmax may begin amid a nested block (Q6): these are decoded from that block's beginning.
+    """
+    from bitsandbytes.functional import dequantize_blockwise  # noqa: PLC0415 - see the top
+
+    shape, nested = packed_format.shape[1:], packed_format.nested_blocksize
+    count = math.prod(shape) // packed_format.blocksize
+    first, last = index * count, (index + 1) * count
+    absmax = tensors["absmax"][first:last]
+    if nested is not None:
+        group = first // nested
+        absmax = dequantize_blockwise(
+            tensors["absmax"][group * nested : last].contiguous(),
+            absmax=tensors["nested_absmax"][group:].contiguous(),
+            code=tensors["nested_code"],
+            blocksize=nested,
+        )
+        absmax = (absmax + tensors["nested_offset"])[first - group * nested :]
+    own = replace(packed_format, shape=shape, storage=torch.uint8, nested_blocksize=None)
+    return decode(stored, {"absmax": absmax.contiguous(), "code": tensors["code"]}, own, dtype=dtype)
 
 
 def is_finite(tensors: dict[str, Tensor], packed_format: PackedFormat) -> bool:

@@ -5,9 +5,11 @@
     transformers' Conv1D        (I, O)              I inputs                 1
     nn.Embedding                (V, O)              V tokens                 1
     nn.Conv1d, Conv2d, Conv3d   (O, I / G, kernel)  I / G channels, kernel   G
+    experts (D16)               (E, O, I)           I inputs                 E, that share no input
 
 A holds the rank's R rows of each group in turn, `(G R, row)`; B `(O, R)` the numbers by which an output feature takes
-its own group's R rows, with a kernel of ones where the layer is a convolution; m `(O)`.
+its own group's R rows, with a kernel of ones where the layer is a convolution; m `(O)`. Of experts each has an
+axis E of its own: A `(E, R, I)`, B `(E, O, R)`, m `(E, O)`, where O is one expert's.
 """
 
 import math
@@ -16,7 +18,7 @@ from typing import Literal
 
 from torch_impl.config import DoraConfig
 
-Kind = Literal["linear", "conv1d", "embedding", "convolution"]
+Kind = Literal["linear", "conv1d", "embedding", "convolution", "experts"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Rows:
     kind: Kind
     """`conv1d` is transformers', a linear layer; `convolution` any of torch's."""
     out: int
-    """O, the output features: each has a magnitude."""
+    """O, the output features: each has a magnitude; of experts, those of all."""
     row: tuple[int, ...]
     """The shape of a row: (I), (V), or (I / G, kernel)."""
     groups: int = 1
@@ -44,6 +46,13 @@ class Rows:
 
     def adapter_shapes(self, config: DoraConfig) -> dict[str, tuple[int, ...]]:
         """The adapter's parameters in the order in which layers register them; no magnitude for `method="lora"`."""
-        ones = (1,) * (len(self.row) - 1)
-        shapes = {"lora_A": (self.groups * config.rank, *self.row), "lora_B": (self.out, config.rank, *ones)}
-        return shapes | {"magnitude": (self.out,)} if config.method == "dora" else shapes
+        rank, ones = config.rank, (1,) * (len(self.row) - 1)
+        shapes = {
+            "lora_A": (self.groups * rank, *self.row),
+            "lora_B": (self.out, rank, *ones),
+            "magnitude": (self.out,),
+        }
+        if self.kind == "experts":
+            experts, out = self.groups, self.matrix[0]
+            shapes = {"lora_A": (experts, rank, *self.row), "lora_B": (experts, out, rank), "magnitude": (experts, out)}
+        return {name: shape for name, shape in shapes.items() if name != "magnitude" or config.method == "dora"}

@@ -12,7 +12,7 @@ from torch import nn
 
 from torch_impl.config import DoraConfig, ShardConfig
 from torch_impl.errors import DoraError, RankError
-from torch_impl.inject import refuse_target, target_names
+from torch_impl.inject import refuse_target, target, target_names
 from torch_impl.layers.dora import DoraLayer
 from torch_impl.preflight.findings import Finding
 from torch_impl.sharding.units import Member, Plan, Unit, shard_numel
@@ -288,7 +288,7 @@ def _refused(scene: Scene) -> Iterator[Finding]:
         return
     for name in target_names(scene.model, scene.dora):
         try:
-            refuse_target(name, scene.model.get_submodule(name), scene.dora)
+            refuse_target(name, target(scene.model, name), scene.dora)
         except RankError:
             text = f"rank {scene.dora.rank} is larger than both of its sides: apply_dora refuses it"
             yield Finding("error", f"{name}.base.weight", "D1", text, "use a smaller rank")

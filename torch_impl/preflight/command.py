@@ -22,7 +22,7 @@ from torch_impl.memory import host_memory
 from torch_impl.preflight.costs import Link
 from torch_impl.preflight.report import Report, preflights
 from torch_impl.strategies import STRATEGIES, StrategyName
-from torch_impl.training.options import Dtype, refuse_below, refuse_unmatched, targets, torch_dtype
+from torch_impl.training.options import Dtype, parameters, refuse_below, refuse_unmatched, targets, torch_dtype
 
 SCHEMA = 1
 _GIB = 2.0**30
@@ -54,6 +54,8 @@ class PreflightOptions:
     """Numerator of the scaling."""
     target_modules: str = ALL_LINEAR
     """all-linear, or endings of module names separated by commas."""
+    target_parameters: str = ""
+    """Endings of names of parameters that hold experts, separated by commas: gate_up_proj,down_proj, say."""
     dtype: Dtype = "auto"
     """The base model's dtype; auto is the configuration's."""
     compute_dtype: Dtype = "auto"
@@ -85,6 +87,7 @@ class PreflightOptions:
             rank=self.rank,
             alpha=self.alpha,
             target_modules=targets(self.target_modules),
+            target_parameters=parameters(self.target_parameters),
             quant=QuantConfig(quant_storage=getattr(torch, self.quant_storage)) if self.quant == "nf4" else None,
             compute_dtype=torch_dtype(self.compute_dtype),
             method=self.method,
@@ -118,7 +121,7 @@ def command(words: Sequence[str]) -> int:
     before, start = host_memory(peak=False), time.perf_counter()
     with torch.device("meta"):
         model = skeleton(options.model, dtype=torch_dtype(options.dtype))
-    refuse_unmatched(model, targets(options.target_modules))
+    refuse_unmatched(model, targets(options.target_modules), parameters(options.target_parameters))
     if options.checkpoint_activations:
         recompute_activations(model)
     stored = stored_quant(options.model) if options.quant == "none" else None

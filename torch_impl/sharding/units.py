@@ -12,15 +12,17 @@ import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from torch_impl.config import DoraConfig, QuantConfig, ShardConfig
-from torch_impl.inject import target_names
+from torch_impl.inject import target, target_names
 from torch_impl.layers.dora import DoraLayer, PackedBase
-from torch_impl.layers.kinds import is_linear4bit, rows_of
+from torch_impl.layers.experts import Stack
+from torch_impl.layers.kinds import Target, is_linear4bit, rows_of
 from torch_impl.strategies import STRATEGIES
 
 Kind = Literal["weight", "packed", "bias", "adapter", "other"]
@@ -106,21 +108,21 @@ def plan_units(model: nn.Module, shard: ShardConfig, dora: DoraConfig | None = N
     Raises:
         TargetError: `dora` matches nothing.
     """
-    targets = set() if dora is None else {id(model.get_submodule(name)) for name in target_names(model, dora)}
     layers: dict[str, list[Unit]] = {}
     taken: set[int] = set()
     buffer_bytes = total = 0
-    for name, module in model.named_modules():
+    for name, module in _adapted(model, dora):
         if isinstance(module, DoraLayer):
             units, state, size = _live(name, module, shard), 0, module.rows.length * module.rows.out
-        elif dora is not None and id(module) in targets and rows_of(module) is not None:
-            units, state, size = _planned(name, module, dora, shard)
         else:
-            continue
+            assert dora is not None  # noqa: S101 - else nothing is planned
+            units, state, size = _planned(name, module, dora, shard)
         layers[name] = units
         buffer_bytes += state
         total += size + sum(m.numel for u in units for m in u.members if u.rule != "base")
-        taken |= {id(parameter) for parameter in module.parameters()}
+        taken |= {
+            id(parameter) for parameter in (module.parameters() if isinstance(module, nn.Module) else [module.weight])
+        }
     blocks = block_names(model, layers) if layers else _members(model)
     rest, tied, more = _rest(model, taken, shard, blocks=blocks, frozen=dora is not None)
     if layers and shard.unit_rule == "block":
@@ -134,6 +136,16 @@ def plan_units(model: nn.Module, shard: ShardConfig, dora: DoraConfig | None = N
         total=total + more,
         trainable=sum(m.numel for u in units for m in u.members if m.trainable),
     )
+
+
+def _adapted(model: nn.Module, dora: DoraConfig | None) -> Iterator[tuple[str, Target]]:
+    """The DoRA layers, and what is to become one, in the order in which modules are registered."""
+    names = [] if dora is None else list(target_names(model, dora))
+    planned = {key for key in (target(model, name) for name in names) if rows_of(key) is not None}
+    for name, module in model.named_modules():
+        if isinstance(module, DoraLayer) or module in planned:
+            yield name, module
+        yield from ((f"{name}.{s.leaf}", s) for s in map(partial(Stack, module), module._parameters) if s in planned)  # noqa: SLF001
 
 
 def _live(name: str, layer: DoraLayer, shard: ShardConfig) -> list[Unit]:
@@ -197,7 +209,7 @@ def _whole_blocks(
     A flat parameter's members are alike besides: what trains comes last, as the innermost.
     """
     left = {unit.name: unit.members for unit in rest if unit.rule == "block"}
-    order = {name: position for position, name in enumerate(name for name, _ in model.named_modules())}
+    order = _order(model, layers)
     flat = shard.how.flat
     for block in blocks:
         inside = [name for name in layers if name == block or name.startswith(f"{block}.")]
@@ -217,7 +229,18 @@ _PLACES = ("other", "adapter", "packed", "weight", "bias")
 """The order in which a layer registers what it has, by kind."""
 
 
-def _registered(name: str, order: Mapping[str, int]) -> int:
+def _order(model: nn.Module, layers: Collection[str]) -> dict[str, float]:
+    """Where modules stand; a stack of experts that is to be adapted is to stand last in its module, in its turn."""
+    order: dict[str, float] = {name: position for position, (name, _) in enumerate(model.named_modules())}
+    stacks = [name for name in layers if name not in order]
+    for turn, name in enumerate(stacks, start=1):
+        owner = name.rpartition(".")[0]
+        last = max(place for other, place in order.items() if f"{other}.".startswith(f"{owner}."))
+        order[name] = int(last) + turn / (len(stacks) + 1)
+    return order
+
+
+def _registered(name: str, order: Mapping[str, float]) -> float:
     """Where the module stands that has this parameter, or is to have it."""
     while name not in order:
         name = name.rpartition(".")[0]

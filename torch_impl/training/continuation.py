@@ -15,7 +15,8 @@ from torch_impl.files.checkpoint_disk import sha256
 from torch_impl.training.options import TrainOptions
 
 # what a resumed run must share with the run that it continues
-_SAME = ("method", "quant", "rank", "alpha", "rank_stabilized", "target_modules", "optimizer", "dtype", "compute_dtype")
+_SAME = ("method", "quant", "rank", "alpha", "rank_stabilized", "target_modules", "target_parameters", "optimizer")
+_SAME += ("dtype", "compute_dtype")
 # what changes no bit of a run; any other difference is said
 _FREE = ("model", "data", "out", "resume", "save_every", "eval_every", "checkpoint_activations", "cpu_offload", "load")
 _FREE += ("phase_timeout", "tensorboard", "quant_storage")

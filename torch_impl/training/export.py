@@ -26,7 +26,7 @@ from torch_impl.files.materialize import materialize, skeleton
 from torch_impl.files.peft_names import adapter_shapes, target_rows
 from torch_impl.merge import merge_adapter
 from torch_impl.training import continuation
-from torch_impl.training.options import Dtype, targets, torch_dtype
+from torch_impl.training.options import Dtype, parameters, targets, torch_dtype
 
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -142,6 +142,7 @@ def export(options: ExportOptions) -> int:
         rank=made_with["rank"],
         alpha=made_with["alpha"],
         target_modules=targets(made_with["target_modules"]),
+        target_parameters=parameters(made_with["target_parameters"]),
         rank_stabilized=made_with["rank_stabilized"],
         method=made_with["method"],
         dropout=made_with["dropout"],

@@ -55,6 +55,8 @@ class TrainOptions:
     """Share of an adapter's input that is dropped while training."""
     target_modules: str = ALL_LINEAR
     """all-linear, or endings of module names separated by commas."""
+    target_parameters: str = ""
+    """Endings of names of parameters that hold experts, separated by commas: gate_up_proj,down_proj, say."""
     dtype: Dtype = "auto"
     """The base model's dtype; auto is the checkpoint's."""
     compute_dtype: Dtype = "auto"
@@ -139,6 +141,7 @@ class TrainOptions:
             rank=self.rank,
             alpha=self.alpha,
             target_modules=targets(self.target_modules),
+            target_parameters=parameters(self.target_parameters),
             quant=QuantConfig(quant_storage=getattr(torch, self.quant_storage)) if self.quant == "nf4" else None,
             rank_stabilized=self.rank_stabilized,
             compute_dtype=torch_dtype(self.compute_dtype),
@@ -169,22 +172,40 @@ def targets(words: str) -> str | list[str]:
     Raises:
         OptionError: nothing stands between two commas.
     """
-    endings = [ending.strip() for ending in words.split(",")]
-    if not all(endings):
-        raise OptionError(f"--target-modules {words!r} has an empty name", hint="write q_proj,v_proj, say")
+    endings = _endings(words, "target-modules", example="q_proj,v_proj")
     return ALL_LINEAR if endings == [ALL_LINEAR] else endings
 
 
-def refuse_unmatched(model: nn.Module, wanted: str | list[str]) -> None:
+def parameters(words: str) -> list[str]:
+    """What `--target-parameters` names: the endings between its commas, or nothing.
+
+    Raises:
+        OptionError: nothing stands between two commas.
+    """
+    return _endings(words, "target-parameters", example="gate_up_proj,down_proj") if words else []
+
+
+def _endings(words: str, option: str, *, example: str) -> list[str]:
+    endings = [ending.strip() for ending in words.split(",")]
+    if not all(endings):
+        raise OptionError(f"--{option} {words!r} has an empty name", hint=f"write {example}, say")
+    return endings
+
+
+def refuse_unmatched(model: nn.Module, modules: str | list[str], parameters: list[str]) -> None:
     """A misspelt name beside right ones would leave its layers without adapters, unnoticed.
 
     Raises:
-        OptionError: no module has one of the endings.
+        OptionError: no module, or no parameter, has one of the endings.
     """
-    names = [f".{name}" for name, _ in model.named_modules(remove_duplicate=False)]
-    for ending in [] if wanted == ALL_LINEAR else wanted:
-        if not any(name.endswith(f".{ending}") for name in names):
+    there = [f".{name}" for name, _ in model.named_modules(remove_duplicate=False)]
+    for ending in [] if modules == ALL_LINEAR else modules:
+        if not any(name.endswith(f".{ending}") for name in there):
             raise OptionError(f"--target-modules {ending!r} matches nothing", hint="correct it, or leave it out")
+    there = [f".{name}" for name, _ in model.named_parameters(remove_duplicate=False)]
+    for ending in parameters:
+        if not any(name.endswith(f".{ending}") for name in there):
+            raise OptionError(f"--target-parameters {ending!r} matches nothing", hint="correct it, or leave it out")
 
 
 def refuse_below(options: Any, at_least: dict[str, int]) -> None:

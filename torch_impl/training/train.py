@@ -31,7 +31,7 @@ from torch_impl.strategies import STRATEGIES
 from torch_impl.training import continuation, optim
 from torch_impl.training.accumulation import backpropagate
 from torch_impl.training.data import Batch, Dealer, collate, held_out, read_documents, refuse_beyond, sequences
-from torch_impl.training.options import TrainOptions, refuse_unmatched, targets, torch_dtype
+from torch_impl.training.options import TrainOptions, parameters, refuse_unmatched, targets, torch_dtype
 from torch_impl.training.phases import Phases
 from torch_impl.training.report import Report
 
@@ -184,7 +184,7 @@ def _started(options: TrainOptions, phases: Phases, *, resume: bool) -> Run:
 def _refuse_model(model: nn.Module, options: TrainOptions, items: list[list[int]]) -> None:
     """What the skeleton tells: text that the model can't read, targets that it hasn't got."""
     refuse_beyond(model, items)
-    refuse_unmatched(model, targets(options.target_modules))
+    refuse_unmatched(model, targets(options.target_modules), parameters(options.target_parameters))
 
 
 def _text(options: TrainOptions) -> tuple[list[list[int]], list[list[int]]]:
