@@ -287,7 +287,7 @@ def _has_layout(case: Case) -> TypeGuard[TrainCase | StartCase]:
 def layout_case(case: TrainCase | StartCase) -> TrainCase:
     """The case less what no layout depends on, so that one answer serves many."""
     kept = ("strategy", "world", "layers", "rank", "base", "bias", "replicas")
-    stepped = ("method", "units", "param_dtype") if isinstance(case, TrainCase) else ()
+    stepped = ("method", "units", "param_dtype", "experts") if isinstance(case, TrainCase) else ()
     return TrainCase(link="shards", **{name: getattr(case, name) for name in (*kept, *stepped)})
 
 

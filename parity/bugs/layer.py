@@ -151,4 +151,13 @@ LAYER = (
         keep="stack/bound/torch_impl/none-w1/uneven/float32-float32/plain",
         kills=GRADIENTS,
     ),
+    Bug(
+        name="MagnitudeOfFirstExpert",
+        bug="scales every expert of a stack by the first one's magnitudes",
+        effect="experts that start alike drift apart from what they were",
+        source="an axis of experts that is broadcast",
+        clauses=("D16",),
+        keep="experts and lattice and none-w1 and float32-float32",
+        kills=(*GRADIENTS, ("output", "y")),
+    ),
 )

@@ -12,6 +12,7 @@ _VALUES = {
     "dropout": "dropout-",
     "tokens": "tokens-",
     "method": "method-",
+    "experts": "experts-",
     "blocksize": "blocks-of-",
     "replicas": "replicas-",
     "storage": "storage-",

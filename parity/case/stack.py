@@ -30,3 +30,8 @@ class StackCase(Case):
     """Whether some rows of V are tiny, some huge, and some nearly cancel s B A (D4, D13)."""
     zero_b: bool = False
     """Whether B starts at zero (D12)."""
+
+    @property
+    def visited(self) -> int:
+        """How many of the layers have tokens: all, but of experts (D16)."""
+        return len(self.layers)

@@ -24,6 +24,9 @@ class TrainCase(SteppedCase, StackCase):
     """`lora` has no magnitude: c is 1."""
     batched: bool = False
     """Whether the tokens come as two sequences, `(2, tokens / 2, in)`."""
+    experts: Literal["", "out-in", "in-out"] = ""
+    """D16: whether the layers are experts of one stack, and how it is stored; all tokens visit them in turn, but for
+    the last, which has none."""
     faint: bool = False
     """Whether gradients are so small that clipping's addend counts (S5)."""
 
@@ -42,6 +45,11 @@ class TrainCase(SteppedCase, StackCase):
     def learning_rate(self) -> float:
         """As much larger as gradients are fainter."""
         return super().learning_rate / (FAINT if self.faint else 1.0)
+
+    @property
+    def visited(self) -> int:
+        """How many of the layers have tokens."""
+        return len(self.layers) - bool(self.experts)
 
 
 def dropout_of(case: Case) -> float:

@@ -9,6 +9,7 @@ from parity.case import Case, ExchangeCase, NetworkCase, SteppedCase
 from parity.cases.algebra import algebra_cases
 from parity.cases.codec import codec_cases
 from parity.cases.covering import covering_cases
+from parity.cases.experts import expert_cases
 from parity.cases.files import file_cases
 from parity.cases.meshes import mesh_cases
 from parity.cases.narrow import narrow_cases
@@ -41,6 +42,7 @@ def _cases_of(tier: Tier) -> tuple[Case, ...]:
         *narrow_cases(),
         *mesh_cases(tier),
         *unit_cases(),
+        *expert_cases(),
         *training_cases(tier),
         *file_cases(),
         *pretrained_cases(tier),

@@ -53,4 +53,12 @@ def layer_of(shape: Shape, position: int) -> Shape:
     return replace(shape, name=f"{shape.name}-{position}", layers=shape.layers[position : position + 1])
 
 
+EXPERTS = Shape(
+    "experts",
+    ((48, 48),) * 3,
+    3,
+    1.25,
+    1.0,
+    "three of one stack (D16): one for two ranks of four each, none for the last",
+)
 SHAPES = (UNEVEN, PADDED, THIN, SINGLE_ROW)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from parity.case import Case
 from parity.oracle.prediction import Key
 
-_LAYER = ("D1", "D2", "D3", "D7", "D9", "D13")
+_LAYER = ("D1", "D2", "D3", "D7", "D9", "D13", "D16")
 """Whatever the layer computes goes through these."""
 _STORED = ("Q1", "Q2", "Q3", "Q4", "Q5", "Q6")
 _REDUCED = ("S3", "S6", "S8", "S9", "S10", "S4")

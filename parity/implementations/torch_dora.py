@@ -30,6 +30,7 @@ from parity.implementations.held import Held
 from parity.implementations.layer_observer import layer_observer
 from parity.implementations.torch_checkpoint import packed_shards
 from parity.implementations.torch_codec import FOUR_BIT, codec_shards, quant_config
+from parity.implementations.torch_experts import LEAF, by_expert, fill_experts, plain_experts
 from parity.implementations.torch_files import KNOWN, Makes, meet, merged_shards, read_shards
 from parity.implementations.torch_network import build_network, network_losses, offset_shards
 from parity.implementations.torch_neutral import neutral_shards
@@ -47,6 +48,7 @@ from torch_impl import (
     shard_model,
 )
 from torch_impl.files.materialize import recompute_activations
+from torch_impl.layers.experts import DoraExperts
 
 
 class TorchDora(TorchStack):
@@ -92,10 +94,20 @@ class TorchDora(TorchStack):
     def build(self, case: StackCase, device: str) -> nn.Module:
         """A stack of `nn.Linear`, turned into DoRA by the public entry point."""
         arrays = {name: torch.from_numpy(array.copy()) for name, array in stack_inputs(case).items()}
+        if isinstance(case, TrainCase) and case.experts:
+            return self._build_experts(case, device)
         model = apply_dora(plain_stack(case, device), dora_config(case))
         for name, parameter in model.named_parameters():
             if name in arrays and parameter.requires_grad:
                 parameter.data.copy_(arrays[name])
+        return model
+
+    def _build_experts(self, case: TrainCase, device: str) -> nn.Module:
+        """D16: one stack, named as PEFT names parameters."""
+        model = plain_experts(case, device, torch.float32 if case.base in FOUR_BIT else DTYPES[case.base])
+        config = replace(dora_config(case), target_modules=(), target_parameters=[LEAF])
+        model = apply_dora(model, config)
+        fill_experts(model, case)
         return model
 
     def shard(self, model: nn.Module, case: Case) -> nn.Module:
@@ -114,12 +126,14 @@ class TorchDora(TorchStack):
 
     def holds(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Iterator[Held]:
         """By the public entry point: where it says that a shard lies is part of what is shown."""
-        for part in local_shards(model, optimizer):
-            yield Held(part.name, part.kind, part.global_shape, part.index, part.tensor)
+        found = local_shards(model, optimizer)
+        parts = (Held(part.name, part.kind, part.global_shape, part.index, part.tensor) for part in found)
+        stack = next((layer for layer in model.modules() if isinstance(layer, DoraExperts)), None)
+        yield from parts if stack is None else by_expert(parts, stack.rows.groups)
 
     def observe(self, model: nn.Module, case: TrainCase) -> Callable[[int], Iterator[Shard]]:
         """How often each layer's forward ran, and the norm and the ratio that it kept for its backward pass."""
-        return layer_observer(model, values=case.method == "dora" and not case.recompute)
+        return layer_observer(model, values=case.method == "dora" and not case.recompute and not case.experts)
 
     def _makes(self, case: StackCase, place: Place) -> tuple[Makes, Makes]:
         """What makes the adapted stack, and the plain one."""

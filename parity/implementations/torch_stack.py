@@ -110,6 +110,7 @@ class TorchStack:
                 ("compute", case.compute, self.computes),
                 ("dropout", bool(case.dropout), self.dropouts),
                 ("method", case.method, self.methods),
+                ("experts", bool(case.experts), (False,)),
                 ("scaling", "rank-stabilised" if case.rank_stabilized else "by the rank", self.scalings),
             ]
         for what, value, known in asked:

@@ -55,12 +55,12 @@ def certify(case: StackCase, arrays: dict[str, np.ndarray]) -> Certificate:
     ledger = _Ledger(case)
     x = np.abs(arrays["x"].astype(np.float64))
     x_unit, inputs = token_units(x), []
-    for position in range(len(case.layers)):
+    for position in range(case.visited):
         layer = _absolute_layer(case, arrays, position)
         inputs.append((layer, x, x_unit))
         x, x_unit = ledger.forward(f"layers.{position}", layer, x, x_unit)
     G, G_unit = np.abs(arrays["G"].astype(np.float64)) * largest, 1.0
-    for position in reversed(range(len(case.layers))):
+    for position in reversed(range(case.visited)):
         layer, x, x_unit = inputs[position]
         G, G_unit = ledger.backward(f"layers.{position}", layer, (x, x_unit), (G, G_unit))
     certificate = Certificate(ledger.units, ledger.allowed)

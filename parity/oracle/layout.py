@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import cast, get_args
 
@@ -28,13 +29,36 @@ def predict_layout(question: LayoutQuestion) -> Layouts:
     for unit in _units(case):
         _require_alike(case, unit)
         for rank in range(case.world):
-            layouts |= {(name, rank): index for name, index in _unit_layout(case, unit, rank)}
+            parts = _unit_layout(case, unit, rank)
+            if case.experts:
+                shapes = {name: shape for name, shape, _ in unit}
+                parts = [
+                    own for name, index in parts for own in _of_experts(name, shapes[name], index, len(case.layers))
+                ]
+            layouts |= {(name, rank): index for name, index in parts}
     return layouts
+
+
+def _of_experts(name: str, shape: tuple[int, ...], index: Index, count: int) -> Iterator[tuple[str, Index]]:
+    """D16: which part of each expert's own tensor lies in a part of the stack's; packed bytes follow one another."""
+    _, _, leaf = name.partition(".")
+    flat = len(index) == 1
+    rows = math.prod(shape) // count if flat else shape[0] // count
+    for expert in range(count):
+        first, last = (min(max(end - expert * rows, 0), rows) for end in (index[0].start, index[0].stop))
+        if flat or shape[0] != count:
+            own: Index = (slice(first, last), *index[1:])
+        else:  # an expert is a row, there or not
+            own = (slice(0, shape[1] if last > first else 0), *index[2:])
+        yield f"layers.{expert}.{leaf}", own
 
 
 def _units(case: TrainCase) -> Iterator[list[Member]]:
     """S7: a layer of a stack is a block; cut by layers, its base weight and bias and its adapter have one unit each."""
     width = 2 if case.base == "bfloat16" else 4
+    if case.experts:
+        yield from _cut_into_units(case, *_stack_members(case))
+        return
     for position, (fan_in, fan_out) in enumerate(case.layers):
         name = f"layers.{position}"
         shape, stored_width = stored_shape(case, (fan_out, fan_in))
@@ -45,13 +69,32 @@ def _units(case: TrainCase) -> Iterator[list[Member]]:
             (f"{name}.lora_B", (fan_out, case.rank), 4),
         ]
         adapter += [(f"{name}.magnitude", (fan_out,), 4)] if case.method == "dora" else []
-        if case.unit_rule == "layer":
-            yield from filter(None, (base, bias, adapter))
-            continue
-        members = {member[0]: member for member in (*adapter, *base, *bias)}
-        as_units = _as_units(case, [*members.values()])
-        for unit in rules.block_units(as_units, strategy=_cut(case), param_dtype=case.param_dtype):
-            yield [members[member.name] for member in unit]
+        yield from _cut_into_units(case, base, bias, adapter)
+
+
+def _stack_members(case: TrainCase) -> tuple[list[Member], list[Member], list[Member]]:
+    """D16: the stack's weight, no bias, and its adapter, each with an axis of experts in front."""
+    count, (fan_in, fan_out) = len(case.layers), case.layers[0]
+    (rows, columns), width = stored_shape(case, (fan_out, fan_in))
+    shape = (count * rows, columns) if case.base in CODES else (count, rows, columns)
+    shapes = {"lora_A": (case.rank, fan_in), "lora_B": (fan_out, case.rank), "magnitude": (fan_out,)}
+    return (
+        [("stack.base.weight", shape, width)],
+        [],
+        [(f"stack.{name}", (count, *of_one), 4) for name, of_one in shapes.items()],
+    )
+
+
+def _cut_into_units(
+    case: TrainCase, base: list[Member], bias: list[Member], adapter: list[Member]
+) -> Iterator[list[Member]]:
+    if case.unit_rule == "layer":
+        yield from filter(None, (base, bias, adapter))
+        return
+    members = {member[0]: member for member in (*adapter, *base, *bias)}
+    as_units = _as_units(case, [*members.values()])
+    for unit in rules.block_units(as_units, strategy=_cut(case), param_dtype=case.param_dtype):
+        yield [members[member.name] for member in unit]
 
 
 def _as_units(case: TrainCase, members: list[Member]) -> list[rules.UnitMember]:

@@ -18,7 +18,7 @@ from parity.case import StackCase, StartCase, TrainCase
 from parity.inputs import forward_tokens, stack_inputs
 from parity.oracle.prediction import Key, Prediction, Predictions
 from parity.oracle.weights import stored_weight, weight_used
-from ref import dora, training
+from ref import dora, experts, training
 from ref.types import Adapter, NormGradient
 
 FACTORS = ("lora_A", "lora_B", "magnitude")
@@ -49,7 +49,7 @@ def _frozen(case: TrainCase) -> Predictions:
     inputs = stack_inputs(case)
     return {
         (step, "parameter", f"layers.{position}.base.weight"): Prediction(
-            value=stored_weight(case, inputs[f"layers.{position}.weight"])
+            value=stored_weight(case, inputs[f"layers.{position}.weight"], transposed=case.experts == "in-out")
         )
         for position in range(len(case.layers))
         for step in {0, case.steps}
@@ -106,7 +106,7 @@ Gradients = tuple[tuple[Adapter, ...], Array, Array, tuple[Array, ...]]
 """The adapters' gradients, dx (tokens, in), y (tokens, out), and each layer's norm (out,)."""
 
 
-@functools.partial(jax.jit, static_argnames=("scaling", "activation", "norm_gradient", "method"))
+@functools.partial(jax.jit, static_argnames=("scaling", "activation", "norm_gradient", "method", "visited"))
 def gradients(
     adapters: tuple[Adapter, ...],
     weights: tuple[Array, ...],
@@ -119,16 +119,22 @@ def gradients(
     activation: str,
     norm_gradient: NormGradient = "constant",
     method: str = "dora",
+    visited: int | None = None,
 ) -> Gradients:
-    """The derivative of `sum(G * y)` with respect to every adapter and to x, the output, and the norms."""
+    """The derivative of `sum(G * y)` with respect to every adapter and to x, the output, and the norms.
+
+    With `visited`, the layers are one stack of experts, of which all tokens visit so many in turn (D16).
+    """
 
     def loss(adapters: tuple[Adapter, ...], x: Array) -> tuple[Array, Array]:
         y = x
-        for position, adapter in enumerate(adapters):
+        for position, adapter in enumerate(adapters[:visited]):
             y = jax.nn.relu(y) if position and activation == "relu" else y
             mask = masks[position] if masks else None
             layer = {"scaling": scaling, "bias_O": biases[position], "mask_TI": mask}
-            if method == "lora":
+            if visited is not None:
+                y = _by_expert(y, position, weights, adapters, scaling=scaling, mask_SI=mask)
+            elif method == "lora":
                 y = _plain_lora(y, weights[position], adapter, **layer)
             else:
                 y = dora.forward(y, weights[position], adapter, norm_gradient=norm_gradient, **layer)
@@ -140,6 +146,18 @@ def gradients(
         for weight, adapter in zip(weights, adapters, strict=True)
     )
     return in_adapters, in_x, y_TO, norms
+
+
+def _by_expert(
+    x_TI: Array,
+    expert: int,
+    weights: tuple[Array, ...],
+    adapters: tuple[Adapter, ...],
+    **options: Any,
+) -> Array:
+    """D16: all tokens by one expert of the stack."""
+    stack = jax.tree.map(lambda *each: jnp.stack(each), *adapters)
+    return experts.experts(x_TI, jnp.full(x_TI.shape[0], expert), jnp.stack(weights), stack, **options)
 
 
 def _plain_lora(
@@ -164,6 +182,7 @@ def _train(case: TrainCase, *, norm_gradient: NormGradient = "constant") -> dict
         "activation": case.activation,
         "method": case.method,
         "norm_gradient": norm_gradient,
+        "visited": case.visited if case.experts else None,
     }
     state, tensors = None, {}
     for step in range(1, case.steps + 1):
@@ -188,7 +207,7 @@ def _outside(step: int, G_TO: Array, *, dx: Array, y: Array) -> dict:
 
 def _norms(case: TrainCase, step: int, adapters: tuple[Adapter, ...], norms: tuple[Array, ...]) -> dict:
     """D3, D7: n and c of every layer, as values."""
-    if case.method == "lora":
+    if case.method == "lora" or case.experts:  # an expert's are not observed
         return {}
     ratios = [dora.ratio(adapter.magnitude, norm) for adapter, norm in zip(adapters, norms, strict=True)]
     kinds = {"norm": norms, "ratio": ratios}

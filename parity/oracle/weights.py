@@ -49,10 +49,13 @@ def stored_shape(case: Case, shape: tuple[int, int]) -> tuple[tuple[int, int], i
     return (-(-((shape[0] * shape[1] + 1) // 2) // width), 1), width
 
 
-def stored_weight(case: Case, weight: np.ndarray) -> np.ndarray:
-    """The bits of a frozen weight as they are held: dense in its dtype, or packed, padded and seen as the storage."""
+def stored_weight(case: Case, weight: np.ndarray, *, transposed: bool = False) -> np.ndarray:
+    """The bits of a frozen weight as they are held: dense in its dtype, or packed, padded and seen as the storage.
+
+    Packed bytes are of rows, also where the layer stores a dense weight by columns (`transposed`).
+    """
     if case.base not in CODES:
-        return weight.astype(STORAGES.get(case.base, case.base))
+        return (weight.T if transposed else weight).astype(STORAGES.get(case.base, case.base))
     packed, _ = _encoded(case, jnp.asarray(weight), offset=None)
     (rows, _), width = stored_shape(case, weight.shape)
     held = np.zeros(rows * width, np.uint8)

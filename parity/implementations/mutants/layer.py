@@ -17,7 +17,7 @@ from parity.implementations.mutants.base import Mutant
 from parity.job import Place
 from torch_impl import inject
 from torch_impl.layers import dora as layers
-from torch_impl.layers import norm
+from torch_impl.layers import experts, norm
 from torch_impl.layers import rule as rules
 
 _right_norm: Callable[..., Tensor] = layers.weight_norm
@@ -288,6 +288,23 @@ def _factors_dropped(layer: layers.DoraLayer, base: nn.Module, x: Tensor, *other
     return y if bias is None else y + bias
 
 
+class MagnitudeOfFirstExpert(Mutant):
+    """Every expert's m is that of expert 0 (D16)."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """Another choice of what is lent."""
+        return mock.patch.object(experts.Lent, "__init__", _lent_with_first_magnitude)
+
+
+_right_lent = experts.Lent.__init__
+
+
+def _lent_with_first_magnitude(lent: experts.Lent, *made_of: object) -> None:
+    _right_lent(lent, *made_of)
+    (*_, first), *_ = lent.factors
+    lent.factors = tuple((A, B, first) for A, B, _ in lent.factors)
+
+
 def _after_init(change: Callable[[nn.Module], None]) -> contextlib.AbstractContextManager[object]:
     """Apply a change to every layer when it has been made."""
     make = inject.dora_linear
@@ -317,4 +334,5 @@ LAYER_MUTANTS = (
     BiasScaled,
     DropoutOnFactorsOnly,
     StaleNorm,
+    MagnitudeOfFirstExpert,
 )
