@@ -28,7 +28,8 @@ _PRELOADED = (
     "torch.distributed.tensor",
     "torch._dynamo",
     "torch.distributed._composable.fsdp",
-    "parity.workers.codec",
+    "parity.workers.quiet",
+    "bitsandbytes",
     "torch_impl",
     "parity.implementations.torch_stack",
 )
