@@ -11,6 +11,7 @@ import logging
 # It warns that an optional kernel for its own layer is absent; that layer is never run here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
+from torch_impl.compiling import compile_blocks
 from torch_impl.config import DoraConfig, QuantConfig, ShardConfig
 from torch_impl.errors import DoraError
 from torch_impl.files.adapter import load_adapter, save_adapter
@@ -34,6 +35,7 @@ __all__ = [
     "QuantConfig",
     "ShardConfig",
     "apply_dora",
+    "compile_blocks",
     "load_adapter",
     "local_shards",
     "merge_adapter",

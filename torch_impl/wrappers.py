@@ -19,6 +19,11 @@ def is_sharded(model: nn.Module) -> bool:
     )
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether any module's own forward is compiled (`compile_blocks`)."""
+    return any(hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable") for module in model.modules())
+
+
 def without_ddp(model: nn.Module) -> nn.Module:
     """The model itself where DDP wraps it: replicas are whole, and their names are the unwrapped ones."""
     return model.module if isinstance(model, DistributedDataParallel) else model

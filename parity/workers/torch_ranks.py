@@ -28,12 +28,14 @@ _PRELOADED = (
     "torch.distributed.tensor",
     "torch._dynamo",
     "torch.distributed._composable.fsdp",
-    "parity.workers.quiet",
-    "bitsandbytes",
     "torch_impl",
+    "bitsandbytes",
     "parity.implementations.torch_stack",
 )
-"""Imported once in the fork server: else each rank's first FSDP2 case costs a second, its first packed one three."""
+"""Imported once in the fork server: else each rank's first FSDP2 case costs a second, its first packed one three.
+
+`torch_impl` before bitsandbytes, whose word on a kernel that nothing here uses it keeps off the terminal.
+"""
 
 ENVIRONMENT = {
     "MKL_CBWR": "AUTO,STRICT",

@@ -9,7 +9,7 @@ from torch import nn
 
 from torch_impl import DoraConfig, QuantConfig, apply_dora
 from torch_impl.errors import NonFiniteError, StorageError
-from torch_impl.layers.quant import decode, is_finite, quantize, view_bytes
+from torch_impl.layers.quant import decode, from_quant_state, is_finite, quantize, view_bytes
 
 SHAPES = [(50, 96), (65, 66), (1, 66), (3, 3), (1, 1), (1, 2), (2, 1)]
 STORAGES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32]
@@ -60,6 +60,14 @@ def test_q3_padding_is_zero_and_changes_no_bit() -> None:
 
     assert viewed.shape == (2, 1)
     assert viewed.view(torch.uint8).flatten().tolist() == [*bytes_N.tolist(), 0]
+
+
+def test_q3_bytes_that_were_cut_off_are_refused() -> None:
+    """Before anything would read beyond them."""
+    packed, state = bnb.quantize_4bit(torch.randn(50, 96))
+
+    with pytest.raises(StorageError, match=r"2399 packed bytes for \(50, 96\)"):
+        from_quant_state(packed[:-1], state, storage=torch.uint8)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)

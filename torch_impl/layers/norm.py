@@ -121,6 +121,8 @@ def weight_norm(
         n, float32 (O): within a few ulps of the float64 norm on every row whose norm float32 can hold, and 0 exactly
         where the row of V is 0.
     """
+    if torch.compiler.is_compiling():
+        return torch.ops.dora_parity.weight_norm(W_OI, A_RI, B_OR, scaling)
     if _products_are_narrowed(W_OI.device):
         return _direct_rows(W_OI, A_RI, B_OR, scaling=scaling)
     squared_O, trusted_O = _factored(W_OI, A_RI, B_OR, scaling=scaling)
@@ -129,6 +131,18 @@ def weight_norm(
     if rows.numel():
         norm_O[rows] = _direct_rows(W_OI[rows], A_RI, B_OR[rows], scaling=scaling)
     return norm_O
+
+
+@torch.library.custom_op("dora_parity::weight_norm", mutates_args=())
+def _opaque_norm(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
+    """`weight_norm` as one operator of a compiled graph: which rows it takes to float64 depends on their values."""
+    return weight_norm(W_OI, A_RI, B_OR, scaling=scaling)
+
+
+@_opaque_norm.register_fake
+def _norm_of_shapes(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
+    del A_RI, B_OR, scaling
+    return W_OI.new_empty(W_OI.shape[0], dtype=torch.float32)
 
 
 def _products_are_narrowed(device: torch.device) -> bool:

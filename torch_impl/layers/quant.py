@@ -190,7 +190,7 @@ def _quant_state(tensors: dict[str, Tensor], packed_format: PackedFormat, *, dty
         )
     return QuantState(
         absmax=tensors["absmax"],
-        shape=torch.Size([2 * packed_format.nbytes]),
+        shape=torch.Size([1, 2 * packed_format.nbytes]),  # one row: what it is told and what it gives agree so
         code=tensors["code"],
         blocksize=packed_format.blocksize,
         quant_type=packed_format.quant_type,

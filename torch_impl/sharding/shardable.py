@@ -9,7 +9,7 @@ from torch_impl.config import ShardConfig
 from torch_impl.errors import ShardingError, StorageError
 from torch_impl.layers.dora import DoraLayer
 from torch_impl.sharding.units import Unit, plan_units
-from torch_impl.wrappers import is_sharded
+from torch_impl.wrappers import is_compiled, is_sharded
 
 
 def refuse_unshardable(model: nn.Module, config: ShardConfig) -> None:
@@ -29,6 +29,11 @@ def refuse_unshardable(model: nn.Module, config: ShardConfig) -> None:
     for name, layer in layers.items():
         _refuse_storage(name, layer, config)
     _refuse_scalars(model)
+    if is_compiled(model) and (config.how.flat or (config.how.cuts and config.unit_rule != "block")):
+        raise ShardingError(
+            f"{config.strategy} with units={config.unit_rule!r} gathers inside of blocks, which are compiled whole",
+            hint="use fsdp2 or hsdp with units='block', or ddp, or leave compile_blocks out",
+        )
     for unit in plan_units(model, config).units if config.how.cuts else ():
         _refuse_mixed(unit, config)
 

@@ -99,6 +99,8 @@ class TrainOptions:
     """Steps between evaluations; 0 evaluates at the end only, where something is held out."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass."""
+    compile_blocks: bool = False
+    """Compile each block by itself with torch.compile; under fsdp2, hsdp or ddp."""
     cpu_offload: bool = False
     """Keep shards in host memory between uses: on GPUs, with fsdp2 or hsdp."""
     load: Literal["each", "rank0"] = "each"

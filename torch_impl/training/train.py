@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torch_impl.compiling import compile_blocks
 from torch_impl.errors import CheckpointError, DataError, OptionError
 from torch_impl.files import checkpoint
 from torch_impl.files import checkpoint_disk as checkpoint_files
@@ -157,6 +158,8 @@ def _started(options: TrainOptions, phases: Phases, *, resume: bool) -> Run:
             recompute_activations(model)
         if torch.cuda.is_available() and not options.cpu_offload:
             model = model.cuda()
+        if options.compile_blocks:
+            compile_blocks(model)
     with phases.phase("shard"):
         model = shard_model(model, options.sharding)
         optimizer = optim.make_optimizer(model, options.optimizer, lr=options.lr, weight_decay=options.weight_decay)
