@@ -26,6 +26,7 @@ BAD = {
     "code-unknown": (lambda: QuantConfig(quant_type="int4"), StorageError, "'int4'"),
     "storage-wide": (lambda: QuantConfig(quant_storage=torch.float64), StorageError, "torch.float64"),
     "strategy-unknown": (lambda: ShardConfig(strategy="zero3"), ShardingError, "'zero3'"),
+    "offload-fsdp1": (lambda: ShardConfig("fsdp1", cpu_offload=True), ShardingError, "fsdp1 doesn't offload here"),
     "wire-integer": (lambda: ShardConfig(param_dtype=torch.int8), DtypeError, "param_dtype torch.int8"),
     "reduce-integer": (lambda: ShardConfig(reduce_dtype=torch.int8), DtypeError, "reduce_dtype torch.int8"),
 }
@@ -54,6 +55,11 @@ def test_d1_scaling() -> None:
 def test_nf4_means_nested() -> None:
     """The name "nf4" is QLoRA's storage: blocks of 64, nested, viewed as bfloat16."""
     assert DoraConfig(rank=1, alpha=1, quant="nf4").quant_config == QuantConfig("nf4", 64, True, torch.bfloat16)
+
+
+def test_units_are_freed_after_the_forward_unless_told() -> None:
+    """What FSDP is for: no two blocks are whole at a time."""
+    assert ShardConfig().reshard_after_forward
 
 
 def test_configurations_are_frozen() -> None:
