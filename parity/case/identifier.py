@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 _DRAWN = ("rank_stabilized", "flat", "bias", "zero_rows", "hard_rows", "ties", "zero_b", "batched", "faint")
-_STEPPED = ("late", "recompute", "keep_gathered", "counted")
+_STEPPED = ("late", "recompute", "keep_gathered", "counted", "compiled")
 _VALUES = {
     "activation": "",
     "dropout": "dropout-",

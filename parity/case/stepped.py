@@ -47,6 +47,8 @@ class SteppedCase(Case):
     """What FSDP reduces gradients of anything but adapters in (T4); None leaves it."""
     units: Literal["", "block", "layer"] = ""
     """What is gathered together (S7); empty is what the strategy has by itself."""
+    compiled: bool = False
+    """Whether each block is given to a compiler as one graph; the twin's are as well, since kernels may differ."""
     counted: bool = False
     """Whether the collectives of each step are counted (S7, S9, S11, T5)."""
     twin_world: int = 0

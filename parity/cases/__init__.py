@@ -8,6 +8,7 @@ from typing import Any, Literal
 from parity.case import Case, ExchangeCase, NetworkCase, SteppedCase
 from parity.cases.algebra import algebra_cases
 from parity.cases.codec import codec_cases
+from parity.cases.compiled import compiled_cases
 from parity.cases.covering import covering_cases
 from parity.cases.experts import expert_cases
 from parity.cases.files import file_cases
@@ -52,6 +53,7 @@ def _cases_of(tier: Tier) -> tuple[Case, ...]:
     if tier == "full":
         known = {case.id for case in cases}
         cases += [case for case in with_other_units(cases) if case.id not in known]
+        cases += compiled_cases()
     return tuple(sorted(cases, key=_place))
 
 

@@ -43,6 +43,7 @@ from torch_impl import (
     DoraLinear,
     ShardConfig,
     apply_dora,
+    compile_blocks,
     local_shards,
     save_adapter,
     shard_model,
@@ -100,7 +101,7 @@ class TorchDora(TorchStack):
         for name, parameter in model.named_parameters():
             if name in arrays and parameter.requires_grad:
                 parameter.data.copy_(arrays[name])
-        return model
+        return _compiled(model) if isinstance(case, TrainCase) and case.compiled else model
 
     def _build_experts(self, case: TrainCase, device: str) -> nn.Module:
         """D16: one stack, named as PEFT names parameters."""
@@ -131,9 +132,11 @@ class TorchDora(TorchStack):
         stack = next((layer for layer in model.modules() if isinstance(layer, DoraExperts)), None)
         yield from parts if stack is None else by_expert(parts, stack.rows.groups)
 
-    def observe(self, model: nn.Module, case: TrainCase) -> Callable[[int], Iterator[Shard]]:
+    def observe(self, model: nn.Module, case: SteppedCase) -> Callable[[int], Iterator[Shard]]:
         """How often each layer's forward ran, and the norm and the ratio that it kept for its backward pass."""
-        return layer_observer(model, values=case.method == "dora" and not case.recompute and not case.experts)
+        if case.compiled:  # hooks would be a part of the graph
+            return super().observe(model, case)
+        return layer_observer(model, values=isinstance(case, TrainCase) and _shows_norms(case))
 
     def _makes(self, case: StackCase, place: Place) -> tuple[Makes, Makes]:
         """What makes the adapted stack, and the plain one."""
@@ -170,7 +173,9 @@ class TorchDora(TorchStack):
             if case.recompute:
                 recompute_activations(model)
             offsets[:] = offset_shards(model)
-            observer[:] = [layer_observer(model, values=False)]
+            observer[:] = [self.observe(model, case)]
+            if case.compiled:
+                _compiled(model)
             return model if strategy == UNSHARDED else self.shard(model, replace(case, strategy=strategy))
 
         def observed(step: int) -> Iterator[Shard]:
@@ -178,6 +183,17 @@ class TorchDora(TorchStack):
 
         yield from train(made, case, network_losses(case, place), rank=place.rank, holds=self.holds, observed=observed)
         yield from offsets
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    """By the public entry point; a rank compiles for one case after the other, and torch counts how often."""
+    torch._dynamo.reset()  # noqa: SLF001 - it has no other name
+    return compile_blocks(model)
+
+
+def _shows_norms(case: TrainCase) -> bool:
+    """Whether each layer keeps one norm and one ratio a step."""
+    return case.method == "dora" and not case.recompute and not case.experts
 
 
 def plain_stack(case: StackCase, device: str) -> nn.Module:

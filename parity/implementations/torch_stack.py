@@ -87,7 +87,7 @@ class TorchStack:
         """Shard the whole stack; called under every strategy but `none`."""
         raise NotImplementedError
 
-    def observe(self, model: nn.Module, case: TrainCase) -> Callable[[int], Iterator[Shard]]:
+    def observe(self, model: nn.Module, case: SteppedCase) -> Callable[[int], Iterator[Shard]]:
         """Watch the layers of a model that has just been made; called after a step, it gives what they computed."""
         del model, case
         return lambda _: iter(())
@@ -111,6 +111,7 @@ class TorchStack:
                 ("dropout", bool(case.dropout), self.dropouts),
                 ("method", case.method, self.methods),
                 ("experts", bool(case.experts), (False,)),
+                ("compiled", case.compiled, (False,)),
                 ("scaling", "rank-stabilised" if case.rank_stabilized else "by the rank", self.scalings),
             ]
         for what, value, known in asked:

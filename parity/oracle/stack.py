@@ -207,7 +207,7 @@ def _outside(step: int, G_TO: Array, *, dx: Array, y: Array) -> dict:
 
 def _norms(case: TrainCase, step: int, adapters: tuple[Adapter, ...], norms: tuple[Array, ...]) -> dict:
     """D3, D7: n and c of every layer, as values."""
-    if case.method == "lora" or case.experts:  # an expert's are not observed
+    if case.method == "lora" or case.experts or case.compiled:  # neither an expert's are observed, nor a graph's
         return {}
     ratios = [dora.ratio(adapter.magnitude, norm) for adapter, norm in zip(adapters, norms, strict=True)]
     kinds = {"norm": norms, "ratio": ratios}
