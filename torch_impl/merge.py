@@ -30,8 +30,9 @@ def merge_adapter(model: nn.Module) -> nn.Module:
         if isinstance(layer, DoraLayer):
             parent, _, leaf = name.rpartition(".")
             owner = model.get_submodule(parent)
-            if isinstance(layer, DoraExperts):
-                give_back(owner, leaf, layer.merged_weight().to(layer.base.dtype))
+            if isinstance(layer, DoraExperts):  # a module with two names has it back already, the second time
+                if leaf in owner._modules:  # noqa: SLF001 - its own
+                    give_back(owner, leaf, layer.merged_weight().to(layer.base.dtype))
                 continue
             made[id(layer)] = made.get(id(layer)) or _merged(layer)
             setattr(owner, leaf, made[id(layer)])

@@ -119,6 +119,18 @@ def test_d10_merged_stack_is_refs(transposed: bool) -> None:
     assert type(model[0]) is Experts
 
 
+def test_d10_a_module_with_two_names_is_merged_once() -> None:
+    """Both names keep standing for it."""
+    it = lattice(transposed=False)
+    want = it.experts(it.x, VISITS)
+    model = nn.ModuleDict({"one": it.experts, "other": it.experts})
+
+    merge_adapter(model)
+
+    assert model["one"] is model["other"]
+    assert torch.equal(model["other"](it.x, VISITS), want)
+
+
 def test_s3_every_adapter_has_a_gradient_where_no_token_came() -> None:
     """Zeros and not None: other ranks wait for it."""
     it = lattice(transposed=False)
