@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from kinds_onehot import moved
 from onehot import Evidence, _compare
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -25,12 +26,7 @@ def build(
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "use_cache": False}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(dtype).train()
     apply_dora(model, DoraConfig(**({"rank": 2, "alpha": 3, "target_modules": ["q_proj", "down_proj"]} | config)))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora" in name:
-                parameter.normal_(std=0.2)
-            if "magnitude" in name:
-                parameter.mul_(1 + 0.1 * torch.rand_like(parameter))
+    moved(model)
     if recompute:
         recompute_activations(model)
     return compile_blocks(model, backend=backend) if backend else model

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import transformers
+from kinds_onehot import moved
 from onehot import Evidence, _compare
 from torch import Tensor, nn
 
@@ -50,13 +51,7 @@ def build(name: str, *, dtype: torch.dtype = torch.float32, **config: object) ->
     settings = {"rank": 2, "alpha": 3, "target_modules": ["q_proj", "o_proj"], "target_parameters": STACKS} | config
     model = apply_dora(plain(name, dtype=dtype), DoraConfig(**settings))
     torch.manual_seed(6)
-    with torch.no_grad():
-        for leaf, parameter in model.named_parameters():
-            if "lora" in leaf:
-                parameter.normal_(std=0.2)
-            if "magnitude" in leaf:
-                parameter.mul_(1 + 0.1 * torch.rand_like(parameter))
-    return model
+    return moved(model)
 
 
 def batch(*, step: int, owner: int) -> tuple[Tensor, Tensor]:
