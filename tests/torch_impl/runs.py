@@ -26,7 +26,7 @@ from torch_impl.training.phases import Phases
 
 def train(*, rank: int, world: int, options: dict[str, Any], stop_after: int | None = None) -> str:
     """One run; what it refused, or nothing. After step `stop_after` the last rank pretends to have had SIGTERM."""
-    phases = Phases(rank, world, 600.0)
+    phases = Phases(rank=rank, world_size=world, limit=600.0)
     if stop_after is not None and rank == world - 1:
         plain = module._one_step
 

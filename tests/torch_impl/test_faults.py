@@ -67,9 +67,14 @@ MOMENTS = {
 }
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("name", MOMENTS)
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        pytest.param(name, rank, marks=() if (name, rank) == ("step", 1) else pytest.mark.long)
+        for name in MOMENTS
+        for rank in (0, 1)
+    ],
+)
 def test_a_killed_rank_ends_the_job_and_is_named_last(
     tmp_path: Path, words: Callable[..., list[str]], name: str, rank: int
 ) -> None:
@@ -207,7 +212,6 @@ def test_a_hang_is_ended_with_every_ranks_phase_and_stack(tmp_path: Path, words:
     assert f"rank 1 (pid {ending.victim} on " in text
 
 
-@pytest.mark.long
 def test_a_slow_phase_prints_every_ranks_stack(tmp_path: Path, words: Callable[..., list[str]]) -> None:
     """A limit that no load keeps: both ranks print phase and stack, and the job ends non-zero."""
     job = watch(words("--phase-timeout", "0.05"), until="past --phase-timeout", act=lambda *_: 0)

@@ -82,7 +82,7 @@ def joined(place: Seat, *, phase_timeout: float) -> Iterator[Phases]:
         waits=place.launched and not place.restarts_left,
         speaks_for_launcher=place.local_rank == 0,
     )
-    phases = Phases(place.rank, place.world_size, phase_timeout, recorder)
+    phases = Phases(rank=place.rank, world_size=place.world_size, limit=phase_timeout, recorder=recorder)
     try:
         if place.launched:
             _end_with_parent()

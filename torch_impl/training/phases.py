@@ -36,7 +36,7 @@ def _left(rank: int) -> str:
     return f"dora/left/{rank}"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Phases:
     """A rank's phases, told to its recorder and watched by a thread."""
 

@@ -145,7 +145,7 @@ def _started(options: TrainOptions, phases: Phases, *, resume: bool) -> Run:
         kept, evaluation = _text(options)
     with phases.phase("load"):
         torch.manual_seed(options.seed)
-        model = materialize(
+        model: Any = materialize(
             options.model,
             options.dora,
             dtype=torch_dtype(options.dtype),

@@ -44,10 +44,10 @@ def watched(*, seconds: float = 30.0) -> Iterator[Callable[[str], None]]:
         raise OptionError(f"seconds={seconds} is no positive number", hint="use 30, or more than a step takes")
     alone = not distributed.is_initialized() or distributed.get_world_size() == 1
     phases = Phases(
-        0 if alone else distributed.get_rank(),
-        1 if alone else distributed.get_world_size(),
-        seconds,
-        "its limit of {:g}",
+        rank=0 if alone else distributed.get_rank(),
+        world_size=1 if alone else distributed.get_world_size(),
+        limit=seconds,
+        limit_name="its limit of {:g}",
         store=None if alone else _store(),
     )
     phases.begin("before its first step")
