@@ -23,7 +23,7 @@ from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Num
 
-from ref.layouts import up_to
+from ref.layouts import fsdp2_row_range, up_to
 from ref.tensor_parallel import TENSOR, Cut, all_features, column_parallel, own_features, row_parallel
 from ref.training import checkpointed
 from ref.types import Adapter, InputError, Layer
@@ -59,13 +59,39 @@ def make_mesh(*, replicate: int = 1, shard: int = 1, tensor: int = 1) -> Mesh:
 
 def placements(layer: Layer, *, cut: Cut) -> Layer:
     """S1, S10: a layer of PartitionSpecs in place of its arrays; what the tensor axis cuts, `shard` cuts again."""
-    column = cut == "column"
-    rows = PartitionSpec((TENSOR, SHARD)) if column else PartitionSpec(SHARD)
-    wide = PartitionSpec((TENSOR, SHARD)) if column else PartitionSpec(SHARD, TENSOR)
-    A_spec = PartitionSpec(SHARD) if column else PartitionSpec(SHARD, TENSOR)
-    bias = None if layer.bias is None else rows
+    of = {leaf: placement_of(leaf, cut=cut) for leaf in ("weight", "lora_A", "lora_B", "magnitude", "bias")}
+    bias = None if layer.bias is None else of["bias"]
 
-    return Layer(wide, Adapter(A_spec, rows, rows), bias, scaling=layer.scaling)
+    return Layer(of["weight"], Adapter(of["lora_A"], of["lora_B"], of["magnitude"]), bias, scaling=layer.scaling)
+
+
+def placement_of(leaf: str, *, cut: Cut) -> PartitionSpec:
+    """S1, S10: where a layer's `weight`, `lora_A`, `lora_B`, `magnitude` or `bias` lies.
+
+    Packed bytes of a column-parallel weight are (n, 1), of a row-parallel one (O, n / O), and lie as the weight does.
+    """
+    if cut == "row" and leaf in {"weight", "lora_A"}:
+        return PartitionSpec(SHARD, TENSOR)
+
+    return PartitionSpec((TENSOR, SHARD)) if cut == "column" and leaf != "lora_A" else PartitionSpec(SHARD)
+
+
+def rank_part(
+    shape: tuple[int, ...], placement: PartitionSpec, *, tensor: tuple[int, int], shard: tuple[int, int]
+) -> tuple[slice, ...]:
+    """S1, S10: which part of an array a rank has; `tensor` and `shard` are (its place on the axis, the axis' size).
+
+    The tensor axis cuts evenly; of the rows that it leaves each of the `shard` ranks has ceil(rows / size), later ones
+    fewer or none.
+    """
+    part = [slice(0, size) for size in shape]
+    for dim, axes in enumerate(placement):
+        if axes in (TENSOR, (TENSOR, SHARD)):
+            width = shape[dim] // tensor[1]
+            part[dim] = slice(tensor[0] * width, (tensor[0] + 1) * width)
+    own = fsdp2_row_range(part[0].stop - part[0].start, world_size=shard[1], rank=shard[0])
+
+    return slice(part[0].start + own.start, part[0].start + own.stop), *part[1:]
 
 
 # Gathering, and what it brings about in the backward pass.

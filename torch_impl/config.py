@@ -1,10 +1,10 @@
 """What a user declares: the adapter (`DoraConfig`), the four-bit storage (`QuantConfig`), the sharding (`ShardConfig`).
 
-Clauses: D1 scaling, D9 dropout, D11 dtypes, Q1 and Q3 storage, S6, S7. All are frozen, and refuse bad values when made.
+Clauses: D1 scaling, D9 dropout, D11 dtypes, Q1 and Q3 storage, S6, S7, S10. All are frozen, and refuse bad values.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -132,7 +132,8 @@ class ShardConfig:
     strategy: StrategyName = "fsdp2"
     """`fsdp1` is torch's FSDP, `fsdp1-orig` the same with `use_orig_params=True`, `fsdp2` is `fully_shard`, `hsdp` is
     `fully_shard` on a mesh of replicas and shards and `fsdp1-hybrid` is fsdp1's HYBRID_SHARD (S9), `ddp` replicates,
-    `none` leaves the model as it is."""
+    `tp` cuts features over all ranks and `fsdp2-tp` over each row of a mesh, whose columns are fsdp2's (S10), `none`
+    leaves the model as it is."""
     param_dtype: torch.dtype | None = None
     """What dense weights, norms and embeddings are gathered as; never adapters (D11), never packed bytes (S6)."""
     reduce_dtype: torch.dtype | None = None
@@ -147,14 +148,26 @@ class ShardConfig:
     units: Units | None = None
     """What is gathered together (S7): a `block` as a whole, or each `layer`'s base, bias and adapter by themselves.
     None is `block` under `fsdp2` and `hsdp`, and `layer` under FSDP1."""
+    tensor_size: int | None = None
+    """`fsdp2-tp`: ranks that share each layer's features, neighbours in rank; `tp` has all."""
+    tensor_plan: Mapping[str, str] | None = None
+    """`tp` and `fsdp2-tp`: a style for each layer, by name or pattern (see `torch_impl.sharding.tensor_parallel`).
+    None is the model's own `tp_plan`, which transformers' have."""
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise ShardingError(f"strategy {self.strategy!r} is unknown", hint=f"use one of {', '.join(STRATEGIES)}")
         if self.units not in (None, *get_args(Units)):
             raise ShardingError(f"units {self.units!r} are unknown", hint="use block or layer")
-        if self.cpu_offload and not self.how.by_rows:
+        if self.cpu_offload and (not self.how.by_rows or self.how.tensor):
             raise ShardingError(f"{self.strategy} doesn't offload here", hint="use fsdp2 or hsdp, or no cpu_offload")
+        if not self.how.tensor and (self.tensor_size is not None or self.tensor_plan is not None):
+            raise ShardingError(f"{self.strategy} has no tensor ranks", hint="use tp or fsdp2-tp, or no tensor_size")
+        if self.how.tensor and self.how.cuts and (self.tensor_size or 0) < 1:
+            raise ShardingError(
+                f"{self.strategy} with tensor_size {self.tensor_size}",
+                hint="say how many ranks share a layer's features",
+            )
         for name in ("param_dtype", "reduce_dtype"):
             dtype = getattr(self, name)
             if dtype is not None and not dtype.is_floating_point:

@@ -1,12 +1,14 @@
 """Strategies, a line each: what a rank holds of a model. Whoever asks how one shards, asks here.
 
-Clauses: S1 (rows), S2 (flat parameters), S9 (replicas).
+Clauses: S1 (rows), S2 (flat parameters), S9 (replicas), S10 (tensor ranks).
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-StrategyName = Literal["fsdp2", "fsdp1", "fsdp1-orig", "fsdp1-hybrid", "hsdp", "ddp", "none"]
+DataName = Literal["fsdp2", "fsdp1", "fsdp1-orig", "fsdp1-hybrid", "hsdp", "ddp", "none"]
+"""Those in which every rank sees a batch of its own."""
+StrategyName = Literal[DataName, "tp", "fsdp2-tp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,9 @@ class Strategy:
     replicates: bool = False
     """Whether there are several copies, whose gradients are reduced with each other's."""
 
+    tensor: bool = False
+    """Whether groups of ranks share each layer's features, and see the same batch."""
+
     @property
     def by_rows(self) -> bool:
         """Whether `fully_shard` cuts it."""
@@ -35,7 +40,7 @@ class Strategy:
     @property
     def alone(self) -> bool:
         """Whether ranks share nothing."""
-        return not (self.cuts or self.replicates)
+        return not (self.cuts or self.replicates or self.tensor)
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -45,6 +50,8 @@ STRATEGIES: dict[str, Strategy] = {
     "fsdp1-hybrid": Strategy(cuts=True, flat=True, replicates=True),
     "hsdp": Strategy(cuts=True, replicates=True),
     "ddp": Strategy(cuts=False, replicates=True),
+    "tp": Strategy(cuts=False, tensor=True),
+    "fsdp2-tp": Strategy(cuts=True, tensor=True),
     "none": Strategy(cuts=False),
 }
 """By the names that `ShardConfig` takes, in the order in which they are listed."""

@@ -22,7 +22,7 @@ LINKS: tuple[Link, ...] = ("algebra", "shards", "frameworks", "training", "contr
 UNSHARDED = "none"
 """The strategy of a case that one process runs without any sharding."""
 
-TORCH_STRATEGIES = (UNSHARDED, "fsdp1", "fsdp1-orig", "fsdp1-hybrid", "fsdp2", "hsdp", "ddp")
+TORCH_STRATEGIES = (UNSHARDED, "fsdp1", "fsdp1-orig", "fsdp1-hybrid", "fsdp2", "hsdp", "ddp", "tp", "fsdp2-tp")
 """What `torch_impl` and third parties run; all other strategies belong to a built-in subject."""
 
 
@@ -34,7 +34,7 @@ class Case(ABC):
     """What is done."""
     model: ClassVar[Model]
     """A stack of linear layers, the 4-bit codec alone, a small Llama's packed checkpoint, or a pretrained network."""
-    without_effect: ClassVar[tuple[str, ...]] = ("replicas",)
+    without_effect: ClassVar[tuple[str, ...]] = ("replicas", "tensor")
     """Fields beside the strategy that must change no result."""
 
     link: Link
@@ -47,6 +47,8 @@ class Case(ABC):
     """The number of ranks."""
     replicas: int = 2
     """Under hsdp and fsdp1-hybrid: how many copies there are of each shard (S9)."""
+    tensor: int = 2
+    """Under fsdp2-tp: how many ranks share each layer's features (S10); under tp all do."""
     shape_name: str = ""
     """The name that the identifier gives the layers' shapes."""
     rank: int = 4
@@ -126,6 +128,19 @@ class Case(ABC):
         return self.copies
 
     @property
+    def tensor_ranks(self) -> int:
+        """How many of torch's ranks share each layer's features, and see the same batch (S10)."""
+        return {"tp": self.world, "fsdp2-tp": self.tensor}.get(self.strategy, 1)
+
+    def data_rank(self, rank: int) -> int:
+        """Which of the batches a rank of torch's sees: tensor ranks are neighbours, and see the same one."""
+        return rank // self.tensor_ranks
+
+    def is_row_parallel(self, layer: str) -> bool:
+        """S10: whether tensor ranks share the input features of a layer, and not the output ones."""
+        raise NotImplementedError(f"tensor ranks have no part of {layer} in a case that asks to {self.task}")
+
+    @property
     def mesh(self) -> tuple[int, int, int]:
         """The sizes of the axes `replicate`, `shard` and `tensor` under `mesh-RxSxT` (S9, S10)."""
         replicate, shard, tensor = map(int, self.strategy.removeprefix("mesh-").split("x"))
@@ -134,7 +149,7 @@ class Case(ABC):
     @property
     def input_world(self) -> int:
         """How many batches are dealt; tensor ranks see the same one."""
-        return self.mesh[0] * self.mesh[1] if self.strategy.startswith("mesh-") else self.world
+        return self.mesh[0] * self.mesh[1] if self.strategy.startswith("mesh-") else self.world // self.tensor_ranks
 
     def undisturbed(self, **changes: Any) -> Self:
         """The same question less all that must change no answer: sharding, link and clauses."""

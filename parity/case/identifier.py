@@ -15,6 +15,7 @@ _VALUES = {
     "experts": "experts-",
     "blocksize": "blocks-of-",
     "replicas": "replicas-",
+    "tensor": "tensor-",
     "storage": "storage-",
     "param_dtype": "wire-",
     "reduce_dtype": "reduce-",

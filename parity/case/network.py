@@ -32,6 +32,10 @@ class NetworkCase(SteppedCase):
     def _shape_word(self) -> str:
         return f"{self.blocks}-blocks"
 
+    def is_row_parallel(self, layer: str) -> bool:
+        """As a Llama's plan has it."""
+        return layer.endswith(("o_proj", "down_proj"))
+
     @property
     def learning_rate(self) -> float:
         """Smaller than a stack's."""

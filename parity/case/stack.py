@@ -31,6 +31,11 @@ class StackCase(Case):
     zero_b: bool = False
     """Whether B starts at zero (D12)."""
 
+    def is_row_parallel(self, layer: str) -> bool:
+        """By output features where they divide among the tensor ranks, else by input features."""
+        _, out = self.layers[int(layer.rpartition(".")[2])]
+        return out % self.tensor_ranks != 0
+
     @property
     def visited(self) -> int:
         """How many of the layers have tokens: all, but of experts (D16)."""

@@ -74,7 +74,7 @@ class SteppedCase(Case):
     @property
     def unit_rule(self) -> str:
         """S7: `block` or `layer`."""
-        return self.units or ("block" if self.strategy in {"fsdp2", "hsdp"} else "layer")
+        return self.units or ("block" if self.strategy in {"fsdp2", "hsdp", "fsdp2-tp"} else "layer")
 
     @property
     def state_kinds(self) -> tuple[str, ...]:
@@ -108,5 +108,5 @@ class SteppedCase(Case):
 
         A twin has the same forwards: their gradients are sums, which only lattices have exact in another order.
         """
-        batches = self.world if self.inputs == "one-hot" else 1
+        batches = self.input_world if self.inputs == "one-hot" else 1
         return self.undisturbed(world=1, twin_world=batches, divide_gradients_by=batches)

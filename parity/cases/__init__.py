@@ -16,6 +16,7 @@ from parity.cases.meshes import mesh_cases
 from parity.cases.narrow import narrow_cases
 from parity.cases.pretrained import pretrained_cases
 from parity.cases.stacks import stack_cases
+from parity.cases.tensor import tensor_cases
 from parity.cases.training import training_cases
 from parity.cases.units import unit_cases, with_other_units
 
@@ -44,6 +45,7 @@ def _cases_of(tier: Tier) -> tuple[Case, ...]:
         *mesh_cases(tier),
         *unit_cases(),
         *expert_cases(),
+        *tensor_cases(),
         *training_cases(tier),
         *file_cases(),
         *pretrained_cases(tier),

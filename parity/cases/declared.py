@@ -38,7 +38,7 @@ def case_of(kind: type[Kind], shape: Shape, **fields: Any) -> Kind:
     clauses += ["T3"] if kind is not StartCase else []
     clauses += _training_clauses(fields)
     if fields.get("strategy", UNSHARDED) != UNSHARDED:
-        clauses += SHARDED if fields["strategy"] != "ddp" else ["S3"]
+        clauses += {"ddp": ["S3"], "tp": []}.get(fields["strategy"], SHARDED)
         clauses += ["S2"] if fields["strategy"].startswith("fsdp1") else []
         clauses += ["T5"] if fields.get("late") else []
         clauses += _mesh_clauses(fields["strategy"])
@@ -58,6 +58,8 @@ def case_of(kind: type[Kind], shape: Shape, **fields: Any) -> Kind:
 
 def _mesh_clauses(strategy: str) -> list[str]:
     """S9 where there are replicas, S10 where there are tensor ranks."""
+    if strategy in {"tp", "fsdp2-tp"}:
+        return ["S10"]
     if not strategy.startswith("mesh-"):
         return ["S9"] if strategy in {"hsdp", "fsdp1-hybrid", "ddp"} else []
     replicate, _, tensor = map(int, strategy.removeprefix("mesh-").split("x"))

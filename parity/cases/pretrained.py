@@ -37,7 +37,15 @@ def pretrained_cases(tier: str) -> list[NetworkCase]:
     if tier == "quick":
         return [*_declare(QUICK_BLOCKS, _QUICK_SHARDED, _QUICK_WHOLE), *_disturbed(("nf4", "bfloat16"))]
     declared = [case for blocks in (QUICK_BLOCKS, ALL_BLOCKS) for case in _declare(blocks, _SHARDED, _WHOLE)]
+    declared += [_tensor_ranks(QUICK_BLOCKS, base, strategy="tp", world=3) for base in ("float32", "nf4")]
+    declared += [_tensor_ranks(QUICK_BLOCKS, "nf4", strategy="fsdp2-tp", world=6, tensor=3)]
+    declared += [_tensor_ranks(ALL_BLOCKS, "nf4", strategy="tp", world=3)]
     return declared + [case for precision in _PRECISIONS for case in _disturbed(precision, resumes=True)]
+
+
+def _tensor_ranks(blocks: int, base: str, **at: Any) -> NetworkCase:
+    """S10: three, as there are nine heads and three of keys; sums in another order, so that no twin has their bits."""
+    return _case(link="frameworks", inputs="text", blocks=blocks, base=base, **at)
 
 
 def _case(**fields: Any) -> NetworkCase:
@@ -45,7 +53,9 @@ def _case(**fields: Any) -> NetworkCase:
     sharded = fields.get("strategy", UNSHARDED) != UNSHARDED
     # stacks show units and their order; where it stands is a parameter's, and link 3 compares gradients
     elsewhere = ("S7", "S1") if fields["inputs"] == "text" else ("S7",)
-    clauses += tuple(clause for clause in SHARDED if clause not in elsewhere) if sharded else ()
+    tensor = "tp" in fields.get("strategy", "")
+    clauses += tuple(c for c in SHARDED if c not in elsewhere) if sharded and fields["strategy"] != "tp" else ()
+    clauses += ("S10",) if tensor else ()
     clauses += ("T5",) if fields.get("recompute") else ()
     clauses += ("T6", "T3") if fields.get("resume") else ()
     tokens = 128 if fields["inputs"] == "text" else _ONE_HOT_TOKENS

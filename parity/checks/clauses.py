@@ -12,12 +12,12 @@ _REDUCED = ("S3", "S6", "S8", "S9", "S10", "S4")
 _STEPPED = ("T1", "T2", "S5", "T5", "T6", "S12")
 
 _BY_KIND: dict[str, tuple[str, ...]] = {
-    "output": (*_LAYER, "D8", "D12", "Q4", "Q6", "S8"),
-    "loss": (*_LAYER, "D8", "S3"),
-    "input_gradient": (*_LAYER, "D5", "G1", "Q4", "Q6", "S3", "S8"),
-    "norm": ("D2", "D3", "D4", "D13", "D11", "S4"),
-    "ratio": ("D3", "D7", "D11"),
-    "collectives": ("S7", "S9", "S11", "T5"),
+    "output": (*_LAYER, "D8", "D12", "Q4", "Q6", "S8", "S10"),
+    "loss": (*_LAYER, "D8", "S3", "S10"),
+    "input_gradient": (*_LAYER, "D5", "G1", "Q4", "Q6", "S3", "S8", "S10"),
+    "norm": ("D2", "D3", "D4", "D13", "D11", "S4", "S10"),
+    "ratio": ("D3", "D7", "D11", "S10"),
+    "collectives": ("S7", "S9", "S10", "S11", "T5"),
     "setting": ("T3", "T6"),
     "generator": ("T6", "D9"),
     "merged": ("D1", "D2", "D3", "D6", "D7", "D10", "Q4", "Q6"),
@@ -26,7 +26,7 @@ _BY_KIND: dict[str, tuple[str, ...]] = {
     "absmax": ("C2", *_STORED),
     "decoded": ("C2", *_STORED, "S6"),
     "offset": ("Q4", "Q6"),
-    "layout": ("S1", "S2", "S7", "S9"),
+    "layout": ("S1", "S2", "S7", "S9", "S10"),
     "digest": ("S6",),
 }
 _GRADIENTS: dict[str, tuple[str, ...]] = {

@@ -7,6 +7,8 @@ itself has no parameter and hence no unit.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from parity.case import TrainCase
@@ -31,7 +33,22 @@ def expected_collectives(case: TrainCase) -> np.ndarray:
         again = 2 * layers + (layers if case.bias and not case.strategy.startswith("fsdp1") else 0)
     gathers = units + (0 if case.keep_gathered else again)
     reductions = layers * (1 if case.late else case.accumulate)
-    return np.array([gathers * case.accumulate, reductions, reductions if case.copies > 1 else 0])
+    sharded = np.array([gathers * case.accumulate, reductions, reductions if case.copies > 1 else 0])
+    if case.tensor_ranks == 1:
+        return sharded
+    return _of_tensor_ranks(case) + (sharded if case.strategy != "tp" else 0)
+
+
+def _of_tensor_ranks(case: TrainCase) -> np.ndarray:
+    """S10: a row-parallel layer reduces its norm's terms and its output forwards, a column-parallel one its gradients.
+
+    Where no neighbour has the other form, a row's input is sliced, and its gradient gathered; a column's output is
+    gathered. A layer whose norm needs float64 rows reduces once more: the case has none.
+    """
+    rows = [case.is_row_parallel(f"layers.{position}") for position in range(len(case.layers))]
+    between = sum(not row and after for row, after in itertools.pairwise(rows))
+    reductions = sum(2 if row else 1 for row in rows)
+    return case.accumulate * np.array([len(rows) - 2 * between, 0, reductions])
 
 
 def _units_of_a_block(case: TrainCase) -> int:

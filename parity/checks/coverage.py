@@ -23,11 +23,28 @@ HeldBy = Callable[[Key], int]
 
 
 def copies_of(case: Case, key: Key) -> int:
-    """One, or as many as there are replicas after that step (S9); where every rank has it, the world size."""
-    step, kind, _ = key
+    """One, or as many as there are replicas after that step (S9); where every rank has it, the world size.
+
+    Tensor ranks see the same tokens, and of a layer each has a part or the whole, tensor by tensor (S10).
+    """
+    step, kind, name = key
+    shared = case.tensor_ranks
     if kind in PER_TOKEN:
-        return 1
-    return case.world if kind in EVERYWHERE else case.copies_at(step)
+        return shared
+    if kind in EVERYWHERE:
+        by_rows = kind in OBSERVED and shared > 1 and not case.is_row_parallel(name)
+        return case.world // shared if by_rows else case.world
+    return case.copies_at(step) * (shared if shared > 1 and _is_whole(case, name) else 1)
+
+
+_BY_OUTPUTS = ("lora_B", "magnitude", "bias.value")
+"""What has a part for each output feature, besides the weight."""
+
+
+def _is_whole(case: Case, name: str) -> bool:
+    """S10: whether each tensor rank has all of a layer's tensor."""
+    layer = next((name.removesuffix(f".{leaf}") for leaf in (*_BY_OUTPUTS, "lora_A") if name.endswith(f".{leaf}")), "")
+    return bool(layer) and case.is_row_parallel(layer) == name.endswith(_BY_OUTPUTS)
 
 
 def missing_elements(

@@ -66,7 +66,8 @@ def from_oracle(case: Case, predictions: Predictions) -> Expectations:
     expectations = {
         key: _against_oracle(case, key, prediction)
         for key, prediction in predictions.items()
-        if case.link != "algebra" or key[1] in {"gradient", "input_gradient"}  # link 1 is about derivatives alone
+        if (case.link != "algebra" or key[1] in {"gradient", "input_gradient"})  # link 1 is about derivatives alone
+        and key[1] not in _unseen(case)
     }
     return _without_repeats(case, expectations)
 
@@ -82,8 +83,6 @@ def from_twin(case: Case, twin: list[Shard]) -> Expectations:
         step, kind, name = missed[0]
         raise CaseFailed(f"unsharded, it gives no {kind} of {name} at step {step}; {len(missed)} tensors are missing")
     wholes = assembled(twin)
-    again = isinstance(case, SteppedCase) and case.recompute
-    left_out = OBSERVED if again else ()  # the twin does not compute anything twice
     expectations = {
         shard.key: Expected(
             value=wholes[shard.key],
@@ -94,10 +93,15 @@ def from_twin(case: Case, twin: list[Shard]) -> Expectations:
             coarsest=COARSEST[case.compute],
         )
         for shard in twin
-        if shard.kind not in (*OWN, *left_out)
+        if shard.kind not in (*OWN, *_unseen(case))
         and not (shard.kind == "gradient" and is_frozen(shard))  # `frozen_gradients` refuses it wherever it comes from
     }
     return _without_repeats(case, expectations)
+
+
+def _unseen(case: Case) -> tuple[str, ...]:
+    """What a layer that computes its forward twice does not show."""
+    return OBSERVED if isinstance(case, SteppedCase) and case.recompute else ()
 
 
 def assembled(shards: Iterable[Shard]) -> dict[Key, np.ndarray]:
@@ -154,15 +158,24 @@ def _against_oracle(case: Case, key: Key, prediction: Prediction) -> Expected:
 def _seen_by_ranks(case: Case, key: Key, prediction: Prediction) -> tuple[np.ndarray, np.ndarray | float | None]:
     """What ranks see of a loss that is a mean over them (S3): each backpropagates the world size times its part.
 
-    Losses come from the oracle by token; a rank has those of its tokens.
+    Losses come from the oracle by token; a rank has those of its tokens. Packed bytes of a row-parallel layer are a
+    column for each of its rows (S10).
     """
     value, limit = prediction.value, prediction.limit
+    if case.tensor_ranks > 1 and key[2].endswith(".base.weight") and value.shape[1:] == (1,):
+        layer = key[2].removesuffix(".base.weight")
+        return (value.reshape(_outputs(case, layer), -1) if case.is_row_parallel(layer) else value), limit
     if not isinstance(case, TrainCase) or key[1] not in {"input_gradient", "loss"} or case.link == "algebra":
         return value, limit
     if key[1] == "loss":
         dealt = deal_tokens(case.tokens, case.input_world)
         value = np.array([value[part].sum() for part in dealt])
     return value * case.input_world, None if limit is None else limit * case.input_world
+
+
+def _outputs(case: Case, layer: str) -> int:
+    """The output features of a stack's layer."""
+    return case.layers[int(layer.rpartition(".")[2])][1] if isinstance(case, StackCase) else 1
 
 
 def dtype_of(case: Case, key: Key) -> str:

@@ -28,21 +28,35 @@ def layer_observer(model: nn.Module, *, values: bool) -> Callable[[int], Iterato
     Without `values` only forwards are counted: whoever computes them again in the backward pass (T5) runs each twice.
     """
     seen: dict[str, tuple[Tensor, Tensor]] = {}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, DoraLayer)}
     counts: Counter[str] = Counter()
-    for name, layer in model.named_modules():
-        if isinstance(layer, DoraLayer):
-            layer.base.register_forward_pre_hook(partial(_count, counts, name))
-            if values:
-                layer.base.register_forward_hook(partial(_keep, seen, name))
+    for name, layer in layers.items():
+        layer.base.register_forward_pre_hook(partial(_count, counts, name))
+        if values:
+            layer.base.register_forward_hook(partial(_keep, seen, name))
 
     def shards(step: int) -> Iterator[Shard]:
         for name, (ratio, norm) in seen.items():
-            yield whole_shard(name, "ratio", step, to_numpy(ratio))
-            yield whole_shard(name, "norm", step, to_numpy(norm))
+            yield _rows_of(layers[name], name, "ratio", step, ratio)
+            yield _rows_of(layers[name], name, "norm", step, norm)
         yield whole_shard("forwards", "setting", step, np.array(sorted(set(counts.values())), dtype=np.float64))
         counts.clear()
 
     return shards
+
+
+def _rows_of(layer: DoraLayer, name: str, kind: str, step: int, values: Tensor) -> Shard:
+    """What this rank's forward had: all rows, or of a column-parallel layer a tensor rank's (S10)."""
+    count = values.numel()
+    first = layer.cut.mesh.get_local_rank() * count if layer.cut is not None and count < layer.rows.out else 0
+    return Shard(
+        name=name,
+        kind=kind,
+        step=step,
+        global_shape=(layer.rows.out,),
+        index=(slice(first, first + count),),
+        array=to_numpy(values),
+    )
 
 
 def _count(counts: Counter[str], name: str, *_: Any) -> None:

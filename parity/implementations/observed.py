@@ -40,11 +40,11 @@ class Forwards:
         In a one-hot case the tokens of the rank whose turn it is are all there are.
         """
         hot = case.hot_rank(step - 1)
-        if hot is not None and not case.twin_world and hot != rank:
+        if hot is not None and not case.twin_world and hot != case.data_rank(rank):
             return
         if self.outputs:
             yield from self._passes(case, step, rank)
-        place, world = (rank, case.input_world) if hot is None else (0, 1)
+        place, world = (case.data_rank(rank), case.input_world) if hot is None else (0, 1)
         yield Shard(
             name="loss",
             kind="loss",

@@ -114,7 +114,12 @@ class TorchDora(TorchStack):
     def shard(self, model: nn.Module, case: Case) -> nn.Module:
         """By the public entry point."""
         shard_size = case.world // case.copies if case.strategy in {"hsdp", "fsdp1-hybrid"} else None
-        config = ShardConfig(strategy=case.strategy, shard_size=shard_size)
+        config = ShardConfig(
+            strategy=case.strategy,
+            shard_size=shard_size,
+            tensor_size=case.tensor if case.strategy == "fsdp2-tp" else None,
+            tensor_plan=_tensor_plan(case) if case.tensor_ranks > 1 and isinstance(case, StackCase) else None,
+        )
         if isinstance(case, SteppedCase):
             config = replace(
                 config,
@@ -183,6 +188,19 @@ class TorchDora(TorchStack):
 
         yield from train(made, case, network_losses(case, place), rank=place.rank, holds=self.holds, observed=observed)
         yield from offsets
+
+
+def _tensor_plan(case: StackCase) -> dict[str, str]:
+    """S10: what a user would write: features are gathered or sliced only where a neighbour wants the other form."""
+    names = [f"layers.{position}" for position in range(len(case.layers))]
+    rows = [case.is_row_parallel(name) for name in names]
+    before, after = [False, *(not row for row in rows[:-1])], [*rows[1:], False]
+    return {
+        name: ("rowwise" if cut_before else "rowwise_split_input")
+        if row
+        else ("colwise" if row_after else "colwise_gather_output")
+        for name, row, cut_before, row_after in zip(names, rows, before, after, strict=True)
+    }
 
 
 def _compiled(model: nn.Module) -> nn.Module:

@@ -63,10 +63,10 @@ def network_losses(
     def loss(model: nn.Module, step: int) -> torch.Tensor:
         hot = case.hot_rank(step)
         if hot is None:
-            mine = texts if case.world == 1 else texts[place.rank : place.rank + 1]
-            return torch.stack([_summed_loss(model, text) for text in mine]).sum() * (case.world / total)
-        text = texts[hot] if case.twin_world else texts[place.rank]
-        return _summed_loss(model, text) * (float(case.twin_world > 0 or hot == place.rank) / total)
+            mine = texts if case.world == 1 else [texts[case.data_rank(place.rank)]]
+            return torch.stack([_summed_loss(model, text) for text in mine]).sum() * (case.input_world / total)
+        text = texts[hot] if case.twin_world else texts[case.data_rank(place.rank)]
+        return _summed_loss(model, text) * (float(case.twin_world > 0 or hot == case.data_rank(place.rank)) / total)
 
     return lambda model, step: (Forwards(), [partial(loss, model, step)])
 

@@ -41,7 +41,9 @@ def backward(model: nn.Module, case: SteppedCase, sums: Sequence[Callable[[], Te
         loss = summed()
         loss.backward()
         return float(loss.detach())
-    world = 1 if case.inputs == "one-hot" else case.world  # a one-hot gradient is not multiplied before it is averaged
+    world = (
+        1 if case.inputs == "one-hot" else case.input_world
+    )  # a one-hot gradient is not multiplied before it is averaged
     return world * backpropagate(model, sums, total=case.tokens, world_size=world, late=case.late)
 
 

@@ -78,7 +78,7 @@ def _weight(case: TrainCase, rank: int, step: int) -> float:
     hot = case.hot_rank(step)
     several = float(case.tokens) if case.accumulate > 1 else 1.0  # `backpropagate` gives the world size itself
     if hot is not None:
-        return several * float(hot == rank or case.twin_world > 0)
+        return several * float(hot == case.data_rank(rank) or case.twin_world > 0)
     return several if case.accumulate > 1 else float(case.input_world)
 
 
@@ -106,4 +106,4 @@ def masks(case: TrainCase, rank: int) -> list[list[list[np.ndarray]]]:
 def _tokens(case: SteppedCase, rank: int, step: int) -> slice:
     """Those of a rank; of a one-hot case's twin, those of the rank whose turn it is."""
     dealt, hot = deal_tokens(case.tokens, case.input_world), case.hot_rank(step)
-    return dealt[hot if case.twin_world and hot is not None else rank]
+    return dealt[hot if case.twin_world and hot is not None else case.data_rank(rank)]

@@ -11,6 +11,7 @@ from parity.oracle.prediction import LayoutQuestion, Layouts
 from parity.oracle.weights import CODES, STACK_STORAGE, stored_shape
 from parity.shard import Index
 from ref import layouts as rules
+from ref.mesh import placement_of, rank_part
 from ref.model_layouts import ALIGNED_BYTES
 
 _STORED = {1: "uint8", 2: "bfloat16", 4: "float32"}
@@ -115,10 +116,17 @@ def _require_alike(case: TrainCase, unit: list[Member]) -> None:
 
 def _cut(case: TrainCase) -> rules.Strategy:
     """How each row of a mesh is cut."""
-    return cast("rules.Strategy", {"fsdp1-hybrid": "fsdp1", "hsdp": "fsdp2"}.get(case.strategy, case.strategy))
+    return cast(
+        "rules.Strategy",
+        {"fsdp1-hybrid": "fsdp1", "hsdp": "fsdp2", "fsdp2-tp": "fsdp2", "tp": "fsdp2"}.get(
+            case.strategy, case.strategy
+        ),
+    )
 
 
 def _unit_layout(case: TrainCase, unit: list[Member], rank: int) -> list[tuple[str, Index]]:
+    if case.tensor_ranks > 1:
+        return [(name, _tensor_part(case, name, shape, rank)) for name, shape, _ in unit]
     size = case.world // case.copies  # the ranks of one row of the mesh, which share one copy
     if not case.strategy.startswith("fsdp1"):
         return [
@@ -129,6 +137,16 @@ def _unit_layout(case: TrainCase, unit: list[Member], rank: int) -> list[tuple[s
     members = [(name, shape) for name, shape, _ in unit]
     layout = rules.flat_layout(members, world_size=size, alignment=alignment)
     return [(name, (part,)) for name, part in layout.shard(rank % size)]
+
+
+def _tensor_part(case: TrainCase, name: str, shape: tuple[int, ...], rank: int) -> Index:
+    """S10: the tensor axis cuts first, and is the innermost of the mesh."""
+    layer, leaf = ".".join(name.split(".")[:2]), name.split(".")[2]
+    placement = placement_of(
+        "weight" if leaf == "base" else leaf, cut="row" if case.is_row_parallel(layer) else "column"
+    )
+    ranks = case.tensor_ranks
+    return rank_part(shape, placement, tensor=(rank % ranks, ranks), shard=(case.data_rank(rank), case.world // ranks))
 
 
 def _whole(shape: tuple[int, ...]) -> Index:

@@ -42,11 +42,15 @@ STACK_STORAGE = "bfloat16"
 
 
 def stored_shape(case: Case, shape: tuple[int, int]) -> tuple[tuple[int, int], int]:
-    """The shape of a frozen weight as it is held, and its bytes an element: packed bytes are a column (S1, S6)."""
+    """The shape of a frozen weight as it is held, and its bytes an element: packed bytes are a column (S1, S6).
+
+    Those of a row-parallel layer are a column for each of its rows, since tensor ranks cut these (S10).
+    """
     if case.base not in CODES:
         return shape, {"bfloat16": 2, "float64": 8}.get(case.base, 4)
     width = np.dtype(STORAGES[STACK_STORAGE]).itemsize
-    return (-(-((shape[0] * shape[1] + 1) // 2) // width), 1), width
+    items = -(-((shape[0] * shape[1] + 1) // 2) // width)
+    return ((shape[0], items // shape[0]) if shape[0] % case.tensor_ranks else (items, 1)), width
 
 
 def stored_weight(case: Case, weight: np.ndarray, *, transposed: bool = False) -> np.ndarray:
@@ -57,10 +61,10 @@ def stored_weight(case: Case, weight: np.ndarray, *, transposed: bool = False) -
     if case.base not in CODES:
         return (weight.T if transposed else weight).astype(STORAGES.get(case.base, case.base))
     packed, _ = _encoded(case, jnp.asarray(weight), offset=None)
-    (rows, _), width = stored_shape(case, weight.shape)
-    held = np.zeros(rows * width, np.uint8)
+    shape, width = stored_shape(case, weight.shape)
+    held = np.zeros(shape[0] * shape[1] * width, np.uint8)
     held[: packed.size] = np.asarray(packed).ravel()
-    return held.view(STORAGES[STACK_STORAGE]).reshape(-1, 1)
+    return held.view(STORAGES[STACK_STORAGE]).reshape(shape)
 
 
 def _encoded(case: Case, weight: Array, *, offset: float | None) -> tuple:

@@ -95,7 +95,7 @@ class Oracle:
 def mathematics(case: Case) -> Case:
     """The case less what its answer cannot depend on; a subject is kept where its route has a bound of its own."""
     subject = case.subject if case.subject in {"peft", "differences"} else "torch_impl"
-    dealt = {}
+    dealt: dict[str, int] = {"world": case.input_world}  # tensor ranks see one batch
     if case.is_exact:  # no bound, so nothing depends on how the tokens are dealt
         dealt = {"world": 1, **({"accumulate": 1} if isinstance(case, SteppedCase) else {})}
     return case.undisturbed(subject=subject, **dealt)

@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from torch_impl import ShardConfig, local_shards, shard_model
 from torch_impl.files import checkpoint
 from torch_impl.files import checkpoint_disk as checkpoint_files
+from torch_impl.sharding.local_shards import gathered
 
 Held = dict[str, tuple[int, list[float]]]
 """Start and values of this rank's range of each trained tensor and optimizer state."""
@@ -18,7 +19,8 @@ Held = dict[str, tuple[int, list[float]]]
 
 def _model(strategy: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A small sharded Llama and AdamW."""
-    model = shard_model(llama.build("f32"), ShardConfig(strategy=strategy))
+    size = 2 if strategy == "fsdp2-tp" else None
+    model = shard_model(llama.build("f32"), ShardConfig(strategy=strategy, tensor_size=size))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return model, torch.optim.AdamW(parameters, lr=0.01)
 
@@ -28,6 +30,9 @@ def _held(model: nn.Module, optimizer: torch.optim.Optimizer) -> Held:
     found: Held = {}
     for shard in local_shards(model, optimizer):
         if shard.kind == "gradient" or shard.name.rpartition(".")[2] not in ("lora_A", "lora_B", "magnitude"):
+            continue
+        if shard.tensor.dim() > 1 and shard.tensor.shape[1:] != shard.global_shape[1:]:  # tensor ranks share rows
+            found[f"{shard.kind}/{shard.name}"] = (0, gathered(shard).flatten().tolist())
             continue
         rows = len(shard.index) == len(shard.global_shape) and len(shard.index) > 1
         start = shard.index[0].start * (shard.global_shape[1] if rows else 1)
@@ -40,7 +45,8 @@ def train_and_save(*, rank: int, world: int, strategy: str, folder: str) -> Held
     """Two steps, then a checkpoint."""
     model, optimizer = _model(strategy)
     for step in range(2):
-        llama.loss_of(model, step=step, owner=rank + world).backward()
+        owner = {"tp": 0, "fsdp2-tp": rank // 2}.get(strategy, rank)
+        llama.loss_of(model, step=step, owner=owner + world).backward()
         optimizer.step()
         optimizer.zero_grad()
     checkpoint.save(Path(folder), model, optimizer, checkpoint.Saved(2, 8, {}))

@@ -9,7 +9,15 @@ from torch import nn
 
 from torch_impl import DoraConfig, QuantConfig, apply_dora
 from torch_impl.errors import NonFiniteError, StorageError
-from torch_impl.layers.quant import decode, from_quant_state, is_finite, quantize, view_bytes
+from torch_impl.layers.quant import (
+    columns_of,
+    decode,
+    from_quant_state,
+    is_finite,
+    quantize,
+    rows_of,
+    view_bytes,
+)
 
 SHAPES = [(50, 96), (65, 66), (1, 66), (3, 3), (1, 1), (1, 2), (2, 1)]
 STORAGES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32]
@@ -139,3 +147,24 @@ def test_q7_a_poisoned_quant_state_is_seen_without_decoding(*, nested: bool, par
     state[part].view(-1)[0] = bad
 
     assert not is_finite(state, packed_format)
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+@pytest.mark.parametrize("shape", [(96, 256), (256, 192)], ids=str)
+def test_s10_parts_of_a_packed_weight_decode_to_its_bits(
+    shape: tuple[int, int], storage: torch.dtype, *, nested: bool
+) -> None:
+    """By rows and by columns, also where a nested block is cut; where none is, absmax stay in eight bits."""
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    packed = quantize(W, QuantConfig(nested=nested, quant_storage=storage), name="W")
+    whole = decode(*packed, dtype=torch.float32)
+    kept = set()
+    for part, dim, count in ((rows_of, 0, shape[0] // 3), (rows_of, 0, shape[0] // 2), (columns_of, 1, 64)):
+        for first in range(0, shape[dim] - count + 1, count):
+            own = part(*packed, first=first, count=count)
+            assert torch.equal(decode(*own, dtype=torch.float32), whole.narrow(dim, first, count))
+            kept.add((part.__name__, own[2].nested_blocksize is not None))
+
+    assert ("columns_of", True) not in kept
+    assert (("rows_of", True) in kept) == nested

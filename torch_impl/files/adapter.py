@@ -36,7 +36,7 @@ from torch_impl.layers.experts import DoraExperts
 from torch_impl.layers.kinds import KINDS
 from torch_impl.layers.quant import refuse_non_finite
 from torch_impl.layers.rows import Rows
-from torch_impl.sharding.local_shards import LocalShard, local_shards
+from torch_impl.sharding.local_shards import gathered, local_shards
 from torch_impl.wrappers import is_sharded, unwrapped_name, without_ddp
 
 WEIGHTS = "adapter_model.safetensors"
@@ -213,20 +213,7 @@ def _whole_adapter(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     sharded = is_sharded(model)
     for shard in local_shards(model):
         if shard.kind == "parameter" and shard.name in names:
-            yield shard.name, (_gathered(shard) if sharded else shard.tensor.clone()).cpu().contiguous()
-
-
-def _gathered(shard: LocalShard) -> Tensor:
-    """The whole tensor, bit for bit: each rank puts its part into zeros, and the bits' maximum is taken as integers.
-
-    Unsigned, they are at least 0; replicas of one part (S9) agree, where a sum would count them twice.
-    """
-    whole = torch.zeros(shard.global_shape, dtype=torch.float32, device=shard.tensor.device)
-    flat = len(shard.index) == 1
-    (whole.view(-1) if flat else whole)[shard.index[0] if flat else shard.index] = shard.tensor
-    bits = whole.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-    distributed.all_reduce(bits, op=distributed.ReduceOp.MAX)
-    return bits.to(torch.int32).view(torch.float32)
+            yield shard.name, (gathered(shard) if sharded else shard.tensor.clone()).cpu().contiguous()
 
 
 def _anywhere(here: bool) -> bool:

@@ -7,7 +7,7 @@ Clauses: T6 (a resumed run is the run that was never stopped), S12 (any world si
     state.json                          step, position in the data, optimizer, schedule, options, every tensor's size
 
 Every strategy holds a contiguous range of the flattened tensor (S1, S2), so one layout serves all, and what one
-strategy wrote another reads.
+strategy wrote another reads. Where tensor ranks share rows (S10), each writes and reads whole ones.
 """
 
 import math
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch_impl.errors import CheckpointError
 from torch_impl.files import checkpoint_disk as checkpoint_files
 from torch_impl.files.checkpoint_disk import VERSION, FlatRange, rank, world_size
-from torch_impl.sharding.local_shards import LocalShard, local_shards
+from torch_impl.sharding.local_shards import LocalShard, gathered, local_shards
 
 _KINDS = {"step": int, "position": int, "world_size": int, "optimizer": str, "groups": list, "tensors": dict}
 
@@ -48,8 +48,9 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, saved
     Raises:
         CheckpointError: it can't be written, on every rank; what was there before is untouched.
     """
-    held = _tensors(model, optimizer)
-    state = _state_json(optimizer, saved, _sizes(held))
+    shards = _shards(model, optimizer)
+    held = {name: _flat(shard) for name, shard in shards.items()}
+    state = _state_json(optimizer, saved, _sizes(shards))
     drawn = {_generator_name(device): get() for device, (get, _) in generators().items()}
     return checkpoint_files.write(folder, saved.step, held | drawn, state)
 
@@ -65,30 +66,41 @@ def _generator_name(device: str) -> str:
     return f"rng/{rank()}" if device == "cpu" else f"rng:{device}/{rank()}"
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, FlatRange]:
-    """Trainable parameters and their optimizer state, by name, as flat ranges that share the model's memory."""
-    found: dict[str, FlatRange] = {}
+def _shards(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, LocalShard]:
+    """Trainable parameters and their optimizer state, by name."""
+    found: dict[str, LocalShard] = {}
     for shard in local_shards(model, optimizer):
         if shard.kind == "gradient" or shard.name.rpartition(".")[2] not in ("lora_A", "lora_B", "magnitude"):
             continue
-        name = shard.name if shard.kind == "parameter" else f"{shard.kind}/{shard.name}"
-        found[name] = _flat(shard)
+        found[shard.name if shard.kind == "parameter" else f"{shard.kind}/{shard.name}"] = shard
     return found
 
 
-def _flat(shard: LocalShard) -> FlatRange:
-    """A shard as a range of the row-major flattening: whole rows are contiguous."""
+def _flat(shard: LocalShard, *, empty: bool = False) -> FlatRange:
+    """A shard as a range of the row-major flattening: whole rows are contiguous.
+
+    It shares the model's memory; but of rows that tensor ranks share (S10) it is a copy of the whole ones, put together
+    by all ranks, or room for them where it is to be `empty`.
+    """
     size = math.prod(shard.global_shape)
     if len(shard.index) == len(shard.global_shape) and shard.tensor.dim() == len(shard.global_shape):
         start = shard.index[0].start * math.prod(shard.global_shape[1:])
     else:
         start = shard.index[0].start
-    return FlatRange(shard.tensor.view(-1), start if shard.tensor.numel() else 0, size)
+    part = shard.tensor
+    if _shares_rows(shard):
+        part = part.new_empty(part.shape[0], *shard.global_shape[1:]) if empty else gathered(shard)[shard.index[0]]
+    return FlatRange(part.reshape(-1), start if part.numel() else 0, size)
 
 
-def _sizes(tensors: dict[str, FlatRange]) -> dict[str, int]:
+def _shares_rows(shard: LocalShard) -> bool:
+    """S10: whether other ranks have the rest of each of its rows."""
+    return shard.tensor.dim() > 1 and shard.tensor.shape[1:] != shard.global_shape[1:]
+
+
+def _sizes(tensors: dict[str, LocalShard]) -> dict[str, int]:
     """Elements of each whole tensor, the same on every rank; one with nothing of a parameter has no state of it."""
-    parameters = {name: held.whole for name, held in tensors.items() if "/" not in name}
+    parameters = {name: math.prod(held.global_shape) for name, held in tensors.items() if "/" not in name}
     kinds = sorted({name.partition("/")[0] for name in tensors if "/" in name})
     return parameters | {f"{kind}/{name}": size for kind in kinds for name, size in parameters.items()}
 
@@ -135,8 +147,8 @@ def load_(place: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Sa
     if state["optimizer"] != type(optimizer).__name__:
         raise CheckpointError(f"{place} was written with {state['optimizer']}", hint="use the same --optimizer")
     _make_state_(optimizer, step=saved.step)
-    tensors = _tensors(model, optimizer)
-    sizes, stored = _sizes(tensors), state["tensors"]
+    shards = _shards(model, optimizer)
+    sizes, stored = _sizes(shards), state["tensors"]
     wrong = sorted(name for name in sizes.keys() | stored.keys() if sizes.get(name) != stored.get(name))
     if wrong or len(state["groups"]) != len(optimizer.param_groups):
         what = ", ".join(wrong[:3]) or "its optimizer's groups"
@@ -144,7 +156,11 @@ def load_(place: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Sa
     for group, values in zip(optimizer.param_groups, state["groups"], strict=True):
         group.update({key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
     drawn = _stored_generators(state)
+    tensors = {name: _flat(shard, empty=True) for name, shard in shards.items()}
     checkpoint_files.read_tensors(place, tensors | drawn)
+    for name, shard in shards.items():
+        if _shares_rows(shard):
+            shard.tensor.copy_(tensors[name].part.view(-1, *shard.global_shape[1:])[:, shard.index[1]])
     for device, (_, put) in generators().items():
         if _generator_name(device) in drawn:
             put(drawn[_generator_name(device)])

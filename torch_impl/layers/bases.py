@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from torch_impl.errors import StorageError
 from torch_impl.layers import quant
+from torch_impl.layers.cut import local
 
 
 class DenseBase(nn.Module):
@@ -73,8 +74,15 @@ class PackedBase(nn.Module):
 
     def __init__(self, stored: Tensor, state: dict[str, Tensor], packed_format: quant.PackedFormat) -> None:
         super().__init__()
-        self.weight = nn.Parameter(stored, requires_grad=False)
-        self.stored_shape = stored.shape
+        self.state_names: tuple[str, ...] = ()
+        self.hold(nn.Parameter(stored, requires_grad=False), state, packed_format)
+
+    def hold(self, weight: nn.Parameter, state: dict[str, Tensor], packed_format: quant.PackedFormat) -> None:
+        """Have these bytes and this quant state from now on."""
+        for name in self.state_names:
+            delattr(self, name)
+        self.weight = weight
+        self.stored_shape = weight.shape
         self.format = packed_format
         self.state_names = tuple(state)
         for name, tensor in state.items():
@@ -97,17 +105,18 @@ class PackedBase(nn.Module):
 
     def decode(self, stored: Tensor, *, dtype: torch.dtype) -> Tensor:
         """Q4: the dequantised weight (O, I) in `dtype`."""
-        return quant.decode(stored, self._state(), self.format, dtype=dtype)
+        return quant.decode(stored, self.state(), self.format, dtype=dtype)
 
     def matrix(self, index: int) -> tuple[Tensor, Callable[..., Tensor]]:
         """One of a stack of matrices (D16), of whole blocks: its bytes, and what decodes them; for `RuleProduct`."""
 
         def decode(stored: Tensor, *, dtype: torch.dtype) -> Tensor:
-            return quant.decode_matrix(stored, self._state(), self.format, index=index, dtype=dtype)
+            return quant.decode_matrix(stored, self.state(), self.format, index=index, dtype=dtype)
 
         return quant.bytes_of_matrix(self.weight, self.format, index=index), decode
 
-    def _state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor]:
+        """The quant state's tensors by name (Q6)."""
         return {name: getattr(self, name) for name in self.state_names}
 
     def forward(self, work: Callable[..., Tensor], *tensors: Any) -> Tensor:
@@ -143,4 +152,4 @@ class FrozenBias(nn.Module):
 
     def forward(self) -> Tensor:
         """The bias in float32, in memory of its own: it outlives the unit's gathered storage."""
-        return self.value.to(torch.float32, copy=True)
+        return local(self.value).to(torch.float32, copy=True)

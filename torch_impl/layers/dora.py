@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch_impl.config import DoraConfig
 from torch_impl.errors import MagnitudeRangeError, ShardingError
 from torch_impl.layers.bases import DenseBase, FrozenBias, PackedBase
+from torch_impl.layers.cut import Cut, local
 from torch_impl.layers.described import Described
 from torch_impl.layers.norm import grouped_weight_norm, ratio, weight_norm
 from torch_impl.layers.rows import Kind, Rows
@@ -120,6 +121,7 @@ class DoraLayer(nn.Module):
         self.compute_dtype = config.compute_dtype or base.dtype
         self.base = base
         self.bias = None if bias is None else FrozenBias(bias)
+        self.cut: Cut | None = None  # S10: set where tensor ranks share the layer
         shapes = rows.adapter_shapes(config)
         for name in ("lora_A", "lora_B", "magnitude"):  # an order that S2's layouts depend on
             shape = shapes.get(name)
@@ -144,17 +146,26 @@ class DoraLayer(nn.Module):
 
         Args:
             x: (..., in_features), or what this kind of layer reads.
-            keep: which numbers of x dropout keeps (bool, x's shape). None draws it from torch's default generator while
-                training, and drops nothing in evaluation or at `DoraConfig(dropout=0)`.
+            keep: which numbers of x dropout keeps (bool, x's shape; or of the whole input, where x is a tensor rank's
+                features of it). None draws it from torch's default generator while training, and drops nothing in
+                evaluation or at `DoraConfig(dropout=0)`.
         """
         bias_O = None if self.bias is None else self.bias()
-        tensors = (x, self.lora_A, self.lora_B, self.magnitude, bias_O)
-        return self.base(self._by_rule, *tensors, self._drawn(x) if keep is None else keep)
+        if self.cut is not None:
+            x = self.cut.enter(x)
+        adapter = (p if p is None else local(p) for p in (self.lora_A, self.lora_B, self.magnitude))
+        y = self.base(self._by_rule, x, *adapter, bias_O, self._kept(x, keep))
+        return y if self.cut is None else self.cut.leave(y)
 
-    def _drawn(self, x: Tensor) -> Tensor | None:
-        """D9: which numbers of x are kept, while training with dropout."""
-        drops = self.training and self.config.dropout > 0
-        return draw(x, rate=self.config.dropout) if drops else None
+    def _kept(self, x: Tensor, keep: Tensor | None) -> Tensor | None:
+        """D9: which numbers of x are kept, while training with dropout; all tensor ranks draw the same (S10)."""
+        splits = self.cut is not None and self.cut.splits_rows
+        if keep is None and self.training and self.config.dropout > 0:
+            whole = x.new_empty(()).expand(*x.shape[:-1], self.rows.length) if splits else x
+            keep = draw(whole, rate=self.config.dropout)
+        if keep is not None and self.cut is not None and keep.shape != x.shape:
+            keep = self.cut.own(keep)
+        return keep
 
     def _by_rule(self, base: DenseBase | PackedBase, *tensors: Tensor | None) -> Tensor:
         """Run by the base, in its forward."""
@@ -166,13 +177,15 @@ class DoraLayer(nn.Module):
             decode=base.decode,
             norm=self.row_norms,
             kept_scale=1 / (1 - self.config.dropout),
+            cut=self.cut,
         )
-        return RuleProduct.apply(rule, base.weight, *tensors)
+        return RuleProduct.apply(rule, local(base.weight), *tensors)
 
     def _by_groups(self, W: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """W (G, O / G, K), A (G, R, K) and B (G, O / G, R) as matrices."""
+        """W (G, O / G, K), A (G, R, K) and B (G, O / G, R) as matrices; K and O are a tensor rank's (S10)."""
         groups, rank = self.rows.groups, self.config.rank
-        return W.reshape(groups, -1, self.rows.length), A.reshape(groups, rank, -1), B.reshape(groups, -1, rank)
+        A_GRK = A.reshape(groups, rank, -1)
+        return W.reshape(groups, -1, A_GRK.shape[2]), A_GRK, B.reshape(groups, -1, rank)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DoraLayer":
         """D11: `model.to(dtype)` moves A, B and m, and casts only what is frozen."""
@@ -189,7 +202,8 @@ class DoraLayer(nn.Module):
         """D3: n of W + s B A, group by group."""
         W_GOK, A_GRK, B_GOR = self._by_groups(W, A, B)
         if self.rows.groups == 1:
-            return weight_norm(W_GOK[0], A_GRK[0], B_GOR[0], scaling=self.scaling)
+            cut = self.cut if self.cut is not None and self.cut.splits_rows else None
+            return weight_norm(W_GOK[0], A_GRK[0], B_GOR[0], scaling=self.scaling, cut=cut)
         return grouped_weight_norm(W_GOK, A_GRK, B_GOR, scaling=self.scaling)
 
     def _norm(self, base: DenseBase | PackedBase, A: Tensor, B: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The row norms of V = W + s B A, without forming V: the factored form, its guard, and the float64 rows.
 
 Axes: O output features, I input features, R adapter rank.
-Clauses: D3 (one norm for each row), D4 (no spurious underflow or overflow), D7 (ratio), D13 (factored form and guard).
+Clauses: D3 (one norm for each row), D4 (no spurious underflow or overflow), D7 (ratio), D13 (factored form and guard),
+S10 (rows whose numbers lie on several ranks).
 
 The factored form, in float32::
 
@@ -22,6 +23,9 @@ float64 (`_direct_rows`):
 
 So the fast form's range is norms from some 1e-13 (for |s| and b_i near 1 and I in the thousands) to 1e18. Where float32
 products may be rounded to TF32 or bfloat16, g is not that of float32, and every row is formed in float64.
+
+Where tensor ranks have parts of each row, all of the factored form's terms are sums over them, and so are the squares
+of the float64 rows: these are summed first, and every rank then decides alike and has the same n.
 """
 
 from collections.abc import Iterator
@@ -30,6 +34,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from torch_impl.layers.cut import Cut
 from torch_impl.layers.products import product
 
 CONDITION = 4.0
@@ -74,18 +79,24 @@ def _weight_terms(W_OI: Tensor, A_RI: Tensor, *, moved: bool) -> tuple[Tensor, T
     return squares_O, cross_RO
 
 
-def _factored(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, *, scaling: float) -> tuple[Tensor, Tensor]:
+def _factored(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, *, scaling: float, cut: Cut | None) -> tuple[Tensor, Tensor]:
     """D13: n^2 (O) in float32, and where it may be trusted (O, bool)."""
-    moved = bool(B_OR.any()) or not bool(torch.isfinite(A_RI).all())
+    moved = cut is not None or bool(B_OR.any()) or not bool(torch.isfinite(A_RI).all())
     squares_O, cross_RO = _weight_terms(W_OI, A_RI, moved=moved)
+    numbers = A_RI.shape[1] * (1 if cut is None else cut.ranks) + 2 * A_RI.shape[0]
     if not moved:  # a fresh adapter, B = 0: the other terms are 0
-        least = FLUSHED * (A_RI.shape[1] + 2 * A_RI.shape[0]) * (1 + abs(scaling)) ** 2
+        least = FLUSHED * numbers * (1 + abs(scaling)) ** 2
         return squares_O, (squares_O < CEILING) & (squares_O >= least)
-    inner_OR = 2 * cross_RO.T + scaling * (B_OR @ (A_RI @ A_RI.T))
+    gram_RR, length_R = A_RI @ A_RI.T, torch.linalg.vector_norm(A_RI, dim=1)
+    if cut is not None:
+        terms = (squares_O, cross_RO, gram_RR, length_R.square())
+        squares_O, cross_RO, gram_RR, square_R = cut.sums(*terms, alike=B_OR)
+        length_R = square_R.sqrt()
+    inner_OR = 2 * cross_RO.T + scaling * (B_OR @ gram_RR)
     squared_O = squares_O + scaling * (inner_OR * B_OR).sum(dim=1)
-    terms_O = (squares_O.sqrt() + abs(scaling) * (B_OR.abs() @ torch.linalg.vector_norm(A_RI, dim=1))).square()
+    terms_O = (squares_O.sqrt() + abs(scaling) * (B_OR.abs() @ length_R)).square()
     reach_O = 1 + abs(scaling) + abs(scaling) * B_OR.abs().sum(dim=1)
-    floor_O = FLUSHED * (A_RI.shape[1] + 2 * A_RI.shape[0]) * reach_O.square()
+    floor_O = FLUSHED * numbers * reach_O.square()
     # a comparison with NaN is false, so that poisoned intermediate terms go to the float64 rows as well
     trusted_O = (
         (CONDITION * squared_O >= terms_O) & (torch.maximum(terms_O, squared_O) < CEILING) & (squared_O >= floor_O)
@@ -93,21 +104,29 @@ def _factored(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, *, scaling: float) -> tu
     return squared_O, trusted_O
 
 
-def _direct_rows(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, *, scaling: float) -> Tensor:
+def _direct_rows(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, *, scaling: float, cut: Cut | None) -> Tensor:
     """D3 in float64, rows of V formed a block at a time; 0 only where every V_ij is 0 (D4).
 
     Products of float32 factors lie between 2^-298 and 2^256; with s in [2^-200, 2^200] their squares stay in range.
     """
     A64_RI = A_RI.double()
-    norms_O = W_OI.new_empty(W_OI.shape[0], dtype=torch.float32)
+    norms_O = W_OI.new_empty(W_OI.shape[0], dtype=torch.float64)
     for rows in _row_blocks(W_OI):
         V = W_OI[rows].double() + scaling * (B_OR[rows].double() @ A64_RI)
-        norms_O[rows] = _rounded(torch.linalg.vector_norm(V, dim=1))
-    return norms_O
+        norms_O[rows] = torch.linalg.vector_norm(V, dim=1)
+    if cut is not None:
+        (squares_O,) = cut.sums(norms_O.square())
+        norms_O = squares_O.sqrt()
+    return _rounded(norms_O)
 
 
 def weight_norm(
-    W_OI: Float[Tensor, "O I"], A_RI: Float[Tensor, "R I"], B_OR: Float[Tensor, "O R"], *, scaling: float
+    W_OI: Float[Tensor, "O I"],
+    A_RI: Float[Tensor, "R I"],
+    B_OR: Float[Tensor, "O R"],
+    *,
+    scaling: float,
+    cut: Cut | None = None,
 ) -> Float[Tensor, " O"]:
     """D3 by D13: the 2-norm of every row of W + s B A, in float32, with no temporary of W's size.
 
@@ -116,6 +135,7 @@ def weight_norm(
         A_RI: `lora_A`, float32.
         B_OR: `lora_B`, float32.
         scaling: s of D1.
+        cut: S10, where other ranks have the rest of each row; all of them call together.
 
     Returns:
         n, float32 (O): within a few ulps of the float64 norm on every row whose norm float32 can hold, and 0 exactly
@@ -124,12 +144,12 @@ def weight_norm(
     if torch.compiler.is_compiling():
         return torch.ops.dora_parity.weight_norm(W_OI, A_RI, B_OR, scaling)
     if _products_are_narrowed(W_OI.device):
-        return _direct_rows(W_OI, A_RI, B_OR, scaling=scaling)
-    squared_O, trusted_O = _factored(W_OI, A_RI, B_OR, scaling=scaling)
+        return _direct_rows(W_OI, A_RI, B_OR, scaling=scaling, cut=cut)
+    squared_O, trusted_O = _factored(W_OI, A_RI, B_OR, scaling=scaling, cut=cut)
     norm_O = squared_O.sqrt()
     rows = (~trusted_O).nonzero().squeeze(1)
     if rows.numel():
-        norm_O[rows] = _direct_rows(W_OI[rows], A_RI, B_OR[rows], scaling=scaling)
+        norm_O[rows] = _direct_rows(W_OI[rows], A_RI, B_OR[rows], scaling=scaling, cut=cut)
     return norm_O
 
 

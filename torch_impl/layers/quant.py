@@ -148,23 +148,67 @@ def decode_matrix(
 
     Its absmax may begin amid a nested block (Q6): these are decoded from that block's beginning.
     """
+    shape = packed_format.shape[1:]
+    count = math.prod(shape) // packed_format.blocksize
+    absmax = _plain_absmax(tensors, packed_format, first=index * count, last=(index + 1) * count)
+    own = replace(packed_format, shape=shape, storage=torch.uint8, nested_blocksize=None)
+    return decode(stored, {"absmax": absmax, "code": tensors["code"]}, own, dtype=dtype)
+
+
+def _plain_absmax(tensors: dict[str, Tensor], packed_format: PackedFormat, *, first: int, last: int) -> Tensor:
+    """Q6: a range of the absmax in float32; where they are nested, decoded from the beginning of a nested block."""
     from bitsandbytes.functional import dequantize_blockwise  # noqa: PLC0415 - see the top
 
-    shape, nested = packed_format.shape[1:], packed_format.nested_blocksize
-    count = math.prod(shape) // packed_format.blocksize
-    first, last = index * count, (index + 1) * count
-    absmax = tensors["absmax"][first:last]
-    if nested is not None:
-        group = first // nested
-        absmax = dequantize_blockwise(
-            tensors["absmax"][group * nested : last].contiguous(),
-            absmax=tensors["nested_absmax"][group:].contiguous(),
-            code=tensors["nested_code"],
-            blocksize=nested,
-        )
-        absmax = (absmax + tensors["nested_offset"])[first - group * nested :]
-    own = replace(packed_format, shape=shape, storage=torch.uint8, nested_blocksize=None)
-    return decode(stored, {"absmax": absmax.contiguous(), "code": tensors["code"]}, own, dtype=dtype)
+    nested = packed_format.nested_blocksize
+    if nested is None:
+        return tensors["absmax"][first:last].contiguous()
+    group = first // nested
+    absmax = dequantize_blockwise(
+        tensors["absmax"][group * nested : last].contiguous(),
+        absmax=tensors["nested_absmax"][group:].contiguous(),
+        code=tensors["nested_code"],
+        blocksize=nested,
+    )
+    return (absmax + tensors["nested_offset"])[first - group * nested :].contiguous()
+
+
+def rows_of(
+    stored: Tensor, tensors: dict[str, Tensor], packed_format: PackedFormat, *, first: int, count: int
+) -> tuple[Tensor, dict[str, Tensor], PackedFormat]:
+    """S10: consecutive rows of a packed weight, of whole blocks, packed; the bytes (n, 1) are a view.
+
+    Absmax stay nested where the rows begin with a nested block (Q6); elsewhere they are decoded, to the same bits.
+    """
+    width = packed_format.shape[1]
+    blocks = [edge * width // packed_format.blocksize for edge in (first, first + count)]
+    items = [edge * width // 2 // packed_format.storage.itemsize for edge in (first, first + count)]
+    own = replace(packed_format, shape=(count, width))
+    nested = packed_format.nested_blocksize
+    if nested is None or blocks[0] % nested:
+        absmax = _plain_absmax(tensors, packed_format, first=blocks[0], last=blocks[1])
+        state = {"absmax": absmax, "code": tensors["code"]}
+        return stored[slice(*items)], state, replace(own, nested_blocksize=None)
+    groups = slice(blocks[0] // nested, -(-blocks[1] // nested))
+    kept = {"absmax": tensors["absmax"][slice(*blocks)], "nested_absmax": tensors["nested_absmax"][groups]}
+    return stored[slice(*items)], tensors | {name: tensor.clone() for name, tensor in kept.items()}, own
+
+
+def columns_of(
+    stored: Tensor, tensors: dict[str, Tensor], packed_format: PackedFormat, *, first: int, count: int
+) -> tuple[Tensor, dict[str, Tensor], PackedFormat]:
+    """S10: consecutive columns of a packed weight, of whole blocks of each row, packed; the bytes are (O, n).
+
+    Absmax are decoded where they are nested (Q6), to the same bits: each rank has some of every nested block.
+    """
+    (height, width), size = packed_format.shape, packed_format.blocksize
+    absmax = _plain_absmax(tensors, packed_format, first=0, last=height * width // size).reshape(height, -1)
+    items = [edge // 2 // packed_format.storage.itemsize for edge in (first, first + count)]
+    state = {
+        "absmax": absmax[:, first // size : (first + count) // size].flatten().contiguous(),
+        "code": tensors["code"],
+    }
+    own = replace(packed_format, shape=(height, count), nested_blocksize=None)
+    return stored.reshape(height, -1)[:, slice(*items)].contiguous(), state, own
 
 
 def is_finite(tensors: dict[str, Tensor], packed_format: PackedFormat) -> bool:

@@ -2,7 +2,7 @@
 
 Axes: T tokens or places, O output features, I input features, R adapter rank; x, h, y have the axes of the layer's own
 operation.
-Clauses: D3, D5 to D9, D11, D12, G1, S8.
+Clauses: D3, D5 to D9, D11, D12, G1, S8, S10.
 
 A layer is two operations, `down` by the rows of W or of A, and `up` by those of B, each linear in either argument. With
 u = mask * x, h = down(u, A), y0 = down(u, W) + s up(h, B) and c = m / n, n held constant:
@@ -16,7 +16,7 @@ where f'_z is the transpose of f in z. With `method="lora"` c is 1 and there is 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from torch_impl.layers.cut import Cut
 from torch_impl.layers.norm import ratio
 from torch_impl.layers.products import product
 
@@ -117,10 +118,25 @@ class Rule:
     """(W, A, B) -> n (O), float32."""
     kept_scale: float = 1.0
     """What dropout's mask holds where it keeps: 1 / (1 - p)."""
+    cut: Cut | None = None
+    """S10: how the layer lies on tensor ranks, whose sums make it whole."""
 
     def drop(self, x: Tensor, keep: Tensor | None) -> Tensor:
         """Mask * x; x itself without dropout."""
         return x if keep is None else (x * keep).mul_(self.kept_scale)
+
+    def over_inputs(self, *parts: Tensor) -> Sequence[Tensor]:
+        """S10: what sums over a row's numbers gave, where other ranks have the rest of each row: their sums."""
+        return self.cut.sums(*parts) if self.cut is not None and self.cut.splits_rows else parts
+
+    def over_outputs(self, *parts: Tensor, of: Tensor) -> Sequence[Tensor]:
+        """S10: what sums over output features gave, where other ranks have the rest of these: their sums.
+
+        It was made of an input that is the same on all of these ranks, which is checked once.
+        """
+        if self.cut is None or self.cut.along != "column":
+            return parts
+        return self.cut.sums(*parts, alike=of if self.cut.is_first_time() else None)
 
     def along(self, v_O: Tensor, like: Tensor) -> Tensor:
         """A number for each output feature, so shaped that it multiplies y."""
@@ -156,16 +172,19 @@ class RuleProduct(torch.autograd.Function):
             h, B_used = rule.down(u, A.to(dtype)), B.to(dtype)
             y = rule.down.plain(x_used, W)
             if m_O is None:
+                y, h = rule.over_inputs(y, h)
                 y = rule.up.add(y, h, B_used, scaling).float()
             else:
                 n_O = rule.norm(W, A, B)
                 c_O = ratio(m_O, n_O)
                 c = rule.along(c_O, y)
                 if keep is None:
+                    y, h = rule.over_inputs(y, h)
                     y0 = rule.up.add(y, h, B_used, scaling)
                     y = y0.float() * c
                 else:
-                    kept, delta = rule.down.plain(u, W), scaling * rule.up(h, B_used)
+                    y, h, kept = rule.over_inputs(y, h, rule.down.plain(u, W))
+                    delta = scaling * rule.up(h, B_used)
                     y0 = kept + delta
                     y = y.float() + (c - 1) * kept.float() + c * delta.float()
             if bias_O is not None:
@@ -200,7 +219,10 @@ class RuleProduct(torch.autograd.Function):
                 dx = rule.down.add_input_gradient(dx, HB, A.to(dtype), scaling)
                 if keep is not None:
                     dx = rule.drop(dx, keep).add_(rule.down.input_gradient(G.to(dtype), W, ctx.x_shape))
+                dA, dx = rule.over_outputs(dA, dx, of=u)
                 dx = dx.to(ctx.x_dtype)
+            else:
+                (dA,) = rule.over_outputs(dA, of=u)
         return None, None, dx, dA, dB, dm_O, None, None
 
 

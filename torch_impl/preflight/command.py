@@ -21,7 +21,7 @@ from torch_impl.files.materialize import recompute_activations, skeleton, stored
 from torch_impl.memory import host_memory
 from torch_impl.preflight.costs import Link
 from torch_impl.preflight.report import Report, preflights
-from torch_impl.strategies import STRATEGIES, StrategyName
+from torch_impl.strategies import STRATEGIES, DataName
 from torch_impl.training.options import Dtype, parameters, refuse_below, refuse_unmatched, targets, torch_dtype
 
 SCHEMA = 1
@@ -38,8 +38,8 @@ class PreflightOptions:
     """Ranks of the run."""
     json: Path | None = None
     """Write the report here as well."""
-    strategy: Literal["all", StrategyName] = "all"
-    """One strategy, or each that fits the world size."""
+    strategy: Literal["all", DataName] = "all"
+    """One strategy, or each that fits the world size; tensor ranks are not judged."""
     shard_size: int | None = None
     """hsdp: ranks that share one copy."""
     method: Method = "dora"
@@ -95,7 +95,7 @@ class PreflightOptions:
 
     def shards(self) -> list[ShardConfig]:
         """What is to be judged."""
-        fitting = [name for name, how in STRATEGIES.items() if self.world_size == 1 or not how.alone]
+        fitting = [s for s, how in STRATEGIES.items() if not how.tensor and (self.world_size == 1 or not how.alone)]
         names = fitting if self.strategy == "all" else [self.strategy]
         wire = torch_dtype(self.param_dtype)
         return [ShardConfig(s, wire, shard_size=self.shard_size, units=self._units_of(s)) for s in names]

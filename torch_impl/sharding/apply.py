@@ -50,9 +50,10 @@ from torch.utils._pytree import tree_map_only
 from torch_impl.config import ShardConfig
 from torch_impl.layers.dora import DoraLayer
 from torch_impl.layers.products import agree
-from torch_impl.sharding.meshes import rank_mesh
+from torch_impl.sharding.meshes import DATA, TENSOR, rank_mesh
 from torch_impl.sharding.shardable import refuse_unshardable
 from torch_impl.sharding.stale import trained, watch_replaced
+from torch_impl.sharding.tensor_parallel import cut_tensors
 from torch_impl.sharding.units import Unit, block_names, plan_units
 from torch_impl.wrappers import WRAPPER
 
@@ -78,10 +79,16 @@ def shard_model(model: nn.Module, config: ShardConfig) -> nn.Module:
     refuse_unshardable(model, config)
     device = torch.device("cuda") if config.cpu_offload else _device(model)
     agree(device)
-    if not config.how.cuts:
+    if config.how.replicates and not config.how.cuts:
         return DistributedDataParallel(model)
     _start_alike(model, device)
     before = trained(model)
+    if config.how.tensor:
+        mesh = rank_mesh(device.type, config)
+        cut_tensors(model, config, mesh[TENSOR])
+    if not config.how.cuts:
+        watch_replaced(before, model)
+        return model
     plan = plan_units(model, config).units
     flat = config.how.flat
     wrap = _flat_wrap(model, config) if flat else _fully_shard(model, config)
@@ -191,9 +198,12 @@ def _replace(model: nn.Module, name: str, wrap: Wrap, **policy: object) -> None:
 
 
 def _fully_shard(model: nn.Module, config: ShardConfig) -> Wrap:
-    """FSDP2: each parameter is cut along dim 0 (S1); `hsdp` does so within rows of a mesh, and averages across (S9)."""
-    mesh = rank_mesh("cuda" if config.cpu_offload else _device(model).type, config)  # what is offloaded computes there
+    """FSDP2: each parameter is cut along dim 0 (S1), or what tensor ranks leave of it (S10).
 
+    `hsdp` does so within rows of a mesh, and averages across (S9).
+    """
+    mesh = rank_mesh("cuda" if config.cpu_offload else _device(model).type, config)  # what is offloaded computes there
+    mesh = mesh[DATA] if config.how.tensor else mesh
     whole = _scalars(model)
 
     def wrap(module: Any, *, param_dtype: torch.dtype | None, cast_inputs: bool) -> nn.Module:

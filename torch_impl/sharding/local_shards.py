@@ -1,6 +1,6 @@
 """`local_shards`: what this rank holds of every parameter, gradient and optimizer state, with its place in the whole.
 
-Clauses: S1 (fsdp2: slices along dim 0), S2 (fsdp1: one range of the row-major flattening), S7.
+Clauses: S1 (fsdp2: slices along dim 0), S2 (fsdp1: one range of the row-major flattening), S7, S10.
 
 The only file that reads private attributes of torch. They are, all of FSDP1's:
 
@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from torch_impl.sharding.meshes import TENSOR
 from torch_impl.wrappers import unwrapped_name, without_ddp
 
 
@@ -39,6 +40,8 @@ class LocalShard:
     """Slices into the global shape; or one slice into its row-major flattening, for part of a flat parameter."""
     tensor: Tensor
     """What the rank holds, detached; it may be empty."""
+    copies: int = 1
+    """S10: how many tensor ranks hold the same part."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,25 @@ def local_shards(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
             yield _shard(place, f"optimizer:{key}", value)
 
 
+def gathered(shard: LocalShard) -> Tensor:
+    """The whole of a float32 tensor, bit for bit, on every rank; a collective of all.
+
+    Each rank puts its part into zeros, and the bits' maximum is taken as integers: unsigned, they are at least 0, and
+    copies of one part (S9, S10) agree, where a sum would count them twice.
+    """
+    whole = torch.zeros(shard.global_shape, dtype=torch.float32, device=shard.tensor.device)
+    flat = len(shard.index) == 1
+    (whole.view(-1) if flat else whole)[shard.index[0] if flat else shard.index] = shard.tensor
+    bits = whole.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    distributed.all_reduce(bits, op=distributed.ReduceOp.MAX)
+    return bits.to(torch.int32).view(torch.float32)
+
+
 def _shard(place: _Place, kind: str, tensor: Tensor) -> LocalShard:
     """The part of `tensor` that `place` names."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     part = local.detach() if place.cut is None else local.detach().reshape(-1)[place.cut]
-    return LocalShard(place.name, kind, place.shape, place.index, part)
+    return LocalShard(place.name, kind, place.shape, place.index, part, _copies(place.owner))
 
 
 def _state(optimizer: torch.optim.Optimizer | None, owner: nn.Parameter) -> dict[str, Tensor]:
@@ -104,14 +121,30 @@ def _places(model: nn.Module) -> Iterator[_Place]:
 
 
 def _index(parameter: nn.Parameter) -> tuple[slice, ...]:
-    """S1: dim 0 in ranges of ceil(d0 / world), later ranks short or empty; whole where it isn't sharded."""
-    whole = tuple(slice(0, size) for size in parameter.shape)
-    if not isinstance(parameter, DTensor):
-        return whole
-    axis = parameter.device_mesh.ndim - 1  # hsdp: replicas first, shards last
-    rows = -(-parameter.shape[0] // parameter.device_mesh.size(axis))
-    start = min(parameter.device_mesh.get_local_rank(axis) * rows, parameter.shape[0])
-    return (slice(start, min(start + rows, parameter.shape[0])), *whole[1:])
+    """S1: dim 0 in ranges of ceil(d0 / world), later ranks short or empty; whole where it isn't sharded.
+
+    S10: what a tensor rank has is cut out first.
+    """
+    ranges = [(0, size) for size in parameter.shape]
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        axes = range(mesh.ndim)
+        for axis in sorted(axes, key=lambda axis: (mesh.mesh_dim_names or ())[axis : axis + 1] != (TENSOR,)):
+            dim = getattr(parameter.placements[axis], "dim", None)  # replicas have none
+            if dim is not None:
+                start, stop = ranges[dim]
+                width = -(-(stop - start) // mesh.size(axis))
+                first = min(start + mesh.get_local_rank(axis) * width, stop)
+                ranges[dim] = first, min(first + width, stop)
+    return tuple(slice(*pair) for pair in ranges)
+
+
+def _copies(parameter: nn.Parameter) -> int:
+    """S10: tensor ranks that hold the same part; 1 where there are none."""
+    if not isinstance(parameter, DTensor) or TENSOR not in (parameter.device_mesh.mesh_dim_names or ()):
+        return 1
+    axis = (parameter.device_mesh.mesh_dim_names or ()).index(TENSOR)
+    return parameter.device_mesh.size(axis) if parameter.placements[axis].is_replicate() else 1
 
 
 def _flat_places(model: nn.Module) -> Iterator[_Place]:

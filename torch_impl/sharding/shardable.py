@@ -1,6 +1,6 @@
 """What `shard_model` refuses, before anything is wrapped.
 
-Clauses: D6, S6, S7.
+Clauses: D6, S6, S7, S10.
 """
 
 from torch import distributed, nn
@@ -8,6 +8,8 @@ from torch import distributed, nn
 from torch_impl.config import ShardConfig
 from torch_impl.errors import ShardingError, StorageError
 from torch_impl.layers.dora import DoraLayer
+from torch_impl.sharding.meshes import tensor_size
+from torch_impl.sharding.tensor_parallel import refuse_uncuttable
 from torch_impl.sharding.units import Unit, plan_units
 from torch_impl.wrappers import is_compiled, is_sharded
 
@@ -34,6 +36,10 @@ def refuse_unshardable(model: nn.Module, config: ShardConfig) -> None:
             f"{config.strategy} with units={config.unit_rule!r} gathers inside of blocks, which are compiled whole",
             hint="use fsdp2 or hsdp with units='block', or ddp, or leave compile_blocks out",
         )
+    if config.how.tensor:
+        if is_compiled(model):
+            raise ShardingError(f"{config.strategy} talks inside of blocks, which are compiled whole", hint="use fsdp2")
+        refuse_uncuttable(model, config, ranks=tensor_size(config, world_size=distributed.get_world_size()))
     for unit in plan_units(model, config).units if config.how.cuts else ():
         _refuse_mixed(unit, config)
 

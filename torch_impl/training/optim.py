@@ -57,8 +57,8 @@ def gradients(model: nn.Module) -> list[LocalShard]:
 
 
 def squared_norm(shards: Iterable[LocalShard]) -> float:
-    """The sum of squares of this rank's gradients, in float64."""
-    return sum(float(shard.tensor.double().square().sum()) for shard in shards)
+    """The sum of squares of this rank's gradients, in float64; of what several tensor ranks hold (S10) its share."""
+    return sum(float(shard.tensor.double().square().sum()) / shard.copies for shard in shards)
 
 
 def gradient_norm(model: nn.Module, *, replicas: int = 1) -> float:

@@ -45,6 +45,8 @@ class TrainOptions:
     """What is gathered together: auto is a block under fsdp2 and hsdp, layer is for blocks that don't fit."""
     shard_size: int | None = None
     """hsdp: ranks that share one copy."""
+    tensor_size: int | None = None
+    """fsdp2-tp: ranks that share each layer's features and see the same text; tp has all."""
     rank: int = 8
     """r, the inner size of B A."""
     alpha: float = 16.0
@@ -112,7 +114,9 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "seq_len": 2, "warmup_steps": 0, "save_every": 0}
-        refuse_below(self, at_least | {"eval_every": 0, "clip_norm": 0, "weight_decay": 0, "shard_size": 1})
+        refuse_below(
+            self, at_least | {"eval_every": 0, "clip_norm": 0, "weight_decay": 0, "shard_size": 1, "tensor_size": 1}
+        )
         for name in ("lr", "phase_timeout"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise OptionError(f"--{_flag(name)} {getattr(self, name)} is no positive number", hint="change it")
@@ -160,6 +164,7 @@ class TrainOptions:
             reduce_dtype=torch_dtype(self.reduce_dtype),
             shard_size=self.shard_size,
             cpu_offload=self.cpu_offload,
+            tensor_size=self.tensor_size,
             units=None if self.units == "auto" else self.units,
         )
 

@@ -27,7 +27,7 @@ from torch_impl.files import checkpoint_disk as checkpoint_files
 from torch_impl.files.adapter import WEIGHTS, save_adapter
 from torch_impl.files.materialize import materialize, recompute_activations
 from torch_impl.sharding.apply import shard_model
-from torch_impl.sharding.meshes import shard_size
+from torch_impl.sharding.meshes import shard_size, tensor_size
 from torch_impl.strategies import STRATEGIES
 from torch_impl.training import continuation, optim
 from torch_impl.training.accumulation import backpropagate
@@ -51,6 +51,8 @@ class Run:
     report: Report
     replicas: int
     """Ranks that hold the same shard."""
+    counts: bool
+    """Whether this rank's tokens and loss are its own: tensor ranks see the same, of which the first counts (S10)."""
     step: int = 0
     position: int = 0
 
@@ -163,9 +165,11 @@ def _started(options: TrainOptions, phases: Phases, *, resume: bool) -> Run:
     with phases.phase("shard"):
         model = shard_model(model, options.sharding)
         optimizer = optim.make_optimizer(model, options.optimizer, lr=options.lr, weight_decay=options.weight_decay)
-    torch.manual_seed(options.seed + 1 + phases.rank)  # for a model's own dropout
+    tensor = tensor_size(options.sharding, world_size=phases.world_size)
     shards = shard_size(options.sharding, world_size=phases.world_size)
-    dealer = Dealer(kept, options.seed, phases.world_size, phases.rank, options.batch_size, options.accumulate)
+    batches, own = phases.world_size // tensor, phases.rank // tensor
+    torch.manual_seed(options.seed + 1 + own)  # for dropout, the same on tensor ranks
+    dealer = Dealer(kept, options.seed, batches, own, options.batch_size, options.accumulate)
     run = Run(
         options=options,
         phases=phases,
@@ -175,7 +179,8 @@ def _started(options: TrainOptions, phases: Phases, *, resume: bool) -> Run:
         evaluation=evaluation,
         facts=continuation.facts(options),
         report=Report(options, rank=phases.rank),
-        replicas=phases.world_size // shards,
+        replicas=batches // shards,
+        counts=phases.rank % tensor == 0,
     )
     if resume:
         with phases.phase("resume"):
@@ -229,7 +234,7 @@ def _one_step(run: Run) -> bool:
     """One optimizer step; False where some rank has been asked to stop, before anything is changed."""
     start = time.perf_counter()
     batches = run.dealer.step(run.position)
-    here = float(sum(batch.count for batch in batches))
+    here = float(sum(batch.count for batch in batches)) * run.counts
     total, asked = optim.reduced((here, float(run.phases.stop_requested_at is not None)), device=run.device)
     if asked:
         run.report.say(f"asked to stop after step {run.step}")
@@ -242,7 +247,7 @@ def _one_step(run: Run) -> bool:
         schedule=run.options.schedule,
     )
     loss_here = _accumulate(run, batches, total=total)
-    (loss,) = optim.reduced((loss_here,), device=run.device)
+    (loss,) = optim.reduced((loss_here * run.counts,), device=run.device)
     norm = optim.gradient_norm(run.model, replicas=run.replicas)
     optim.refuse_useless(run.model, step=run.step + 1, loss=loss, norm=norm)
     optim.clip(run.model, norm=norm, limit=run.options.clip_norm)
@@ -289,7 +294,7 @@ def _evaluate(run: Run) -> None:
         mine = start + rank
         batch = collate([run.evaluation[min(mine, len(run.evaluation) - 1)]])
         loss = float(_loss_sum(run, batch))
-        if mine < len(run.evaluation):
+        if mine < len(run.evaluation) and run.counts:
             total, count = total + loss, count + batch.count
     run.model.train()
     loss, tokens = optim.reduced((total, count), device=run.device)

@@ -46,7 +46,7 @@ class ShardSavedAsWhole(Mutant):
             (whole.view(-1) if len(shard.index) == 1 else whole)[shard.index] = shard.tensor
             return whole
 
-        return mock.patch.object(adapter_files, "_gathered", own)
+        return mock.patch.object(adapter_files, "gathered", own)
 
 
 class MergedWithoutMagnitude(Mutant):

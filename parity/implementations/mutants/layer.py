@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -75,7 +76,7 @@ class NormAxis(Mutant):
         return mock.patch.object(layers, "weight_norm", _column_norm)
 
 
-def _column_norm(W: Tensor, A: Tensor, B: Tensor, *, scaling: float) -> Tensor:
+def _column_norm(W: Tensor, A: Tensor, B: Tensor, *, scaling: float, **_: Any) -> Tensor:
     columns = torch.linalg.vector_norm(W.float() + scaling * B @ A, dim=0)
     return columns[torch.arange(W.shape[0], device=W.device) % W.shape[1]]
 
@@ -88,8 +89,8 @@ class NormOfDeltaOnly(Mutant):
         return mock.patch.object(layers, "weight_norm", _norm_of_delta)
 
 
-def _norm_of_delta(W: Tensor, A: Tensor, B: Tensor, *, scaling: float) -> Tensor:
-    return _right_norm(torch.zeros_like(W), A, B, scaling=scaling)
+def _norm_of_delta(W: Tensor, A: Tensor, B: Tensor, *, scaling: float, **cut: Any) -> Tensor:
+    return _right_norm(torch.zeros_like(W), A, B, scaling=scaling, **cut)
 
 
 class StaleNorm(Mutant):
@@ -107,8 +108,8 @@ class StaleNorm(Mutant):
     def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
         """Another norm."""
 
-        def norm(W: Tensor, A: Tensor, B: Tensor, *, scaling: float) -> Tensor:
-            return self._kept.setdefault(W.shape, _right_norm(W, A, B, scaling=scaling))
+        def norm(W: Tensor, A: Tensor, B: Tensor, *, scaling: float, **cut: Any) -> Tensor:
+            return self._kept.setdefault(W.shape, _right_norm(W, A, B, scaling=scaling, **cut))
 
         return mock.patch.object(layers, "weight_norm", norm)
 
@@ -160,9 +161,9 @@ class NormFromNarrowFactors(Mutant):
     def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
         """Cast A and B, unless they are multiplied in float32 anyway."""
 
-        def narrow(W: Tensor, A: Tensor, B: Tensor, *, scaling: float) -> Tensor:
+        def narrow(W: Tensor, A: Tensor, B: Tensor, *, scaling: float, **cut: Any) -> Tensor:
             dtype = torch.bfloat16 if case.compute == "bfloat16" else torch.float32
-            return _right_norm(W, A.to(dtype).float(), (B * _THIRD).to(dtype).float() / _THIRD, scaling=scaling)
+            return _right_norm(W, A.to(dtype).float(), (B * _THIRD).to(dtype).float() / _THIRD, scaling=scaling, **cut)
 
         return mock.patch.object(layers, "weight_norm", narrow)
 
@@ -205,7 +206,7 @@ class PlainNorm(Mutant):
         return mock.patch.object(layers, "weight_norm", _plain_norm)
 
 
-def _plain_norm(W: Tensor, A: Tensor, B: Tensor, *, scaling: float) -> Tensor:
+def _plain_norm(W: Tensor, A: Tensor, B: Tensor, *, scaling: float, **_: Any) -> Tensor:
     squares = (W.float() + scaling * B @ A).square().sum(dim=1)
     return squares.clamp(max=torch.finfo(torch.float32).max).sqrt()  # an infinite one is refused
 
@@ -217,8 +218,8 @@ class GuardIgnored(Mutant):
         """Trust every row."""
         factored = norm._factored  # noqa: SLF001 - the guard is in there
 
-        def trusting(*tensors: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-            squared, trusted = factored(*tensors, scaling=scaling)
+        def trusting(*tensors: Tensor, scaling: float, **cut: Any) -> tuple[Tensor, Tensor]:
+            squared, trusted = factored(*tensors, scaling=scaling, **cut)
             most = torch.finfo(torch.float32).max  # an infinite norm is refused
             return squared.nan_to_num(0.0).clamp(0.0, most), torch.ones_like(trusted)
 

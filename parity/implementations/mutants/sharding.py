@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -23,6 +24,8 @@ from parity.implementations.mutants.base import Mutant, is_sharded
 from parity.job import Place
 from torch_impl import LocalShard, inject, local_shards
 from torch_impl.layers import dora as layers
+from torch_impl.layers.norm import weight_norm
+from torch_impl.layers.rule import Rule
 from torch_impl.sharding import apply as sharding
 
 _ADAPTER = ("lora_A", "lora_B", "magnitude")
@@ -103,6 +106,31 @@ class MagnitudeGradNotReduced(Mutant):
             yield
 
 
+class NormOfOwnColumns(Mutant):
+    """A row-parallel layer's norm misses what other tensor ranks have of each row."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """As a layer that isn't cut takes it."""
+
+        def own(layer: layers.DoraLayer, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+            return weight_norm(W, A, B, scaling=layer.scaling)
+
+        return mock.patch.object(layers.DoraLayer, "row_norms", own)
+
+
+class TensorGradientNotSummed(Mutant):
+    """A column-parallel layer sums dx over tensor ranks, and not dA."""
+
+    def planted(self, case: Case, place: Place) -> contextlib.AbstractContextManager[object]:
+        """In the rule."""
+        summed = Rule.over_outputs
+
+        def partly(rule: Rule, dA: Tensor, *dx: Tensor, of: Tensor) -> list[Tensor]:
+            return [dA, *(summed(rule, *dx, of=of) if dx else ())]
+
+        return mock.patch.object(Rule, "over_outputs", partly)
+
+
 class ShardReadOutside(Mutant):
     """The norm's B has this rank's part alone, as a parameter has outside of its unit's forward."""
 
@@ -125,8 +153,8 @@ class ShardReadOutside(Mutant):
         self._outside.clear()
         right = layers.weight_norm
 
-        def of_what_lies_there(W: Tensor, A: Tensor, B: Tensor, *, scaling: float) -> Tensor:
-            return right(W, A, self._outside.get(B.shape, B), scaling=scaling)
+        def of_what_lies_there(W: Tensor, A: Tensor, B: Tensor, *, scaling: float, **cut: Any) -> Tensor:
+            return right(W, A, self._outside.get(B.shape, B), scaling=scaling, **cut)
 
         return mock.patch.object(layers, "weight_norm", of_what_lies_there)
 
@@ -268,6 +296,8 @@ SHARDING_MUTANTS = (
     ReplicasSummed,
     OneRankHalved,
     MagnitudeGradNotReduced,
+    NormOfOwnColumns,
+    TensorGradientNotSummed,
     ShardReadOutside,
     MembersReordered,
     ShardSwap,
