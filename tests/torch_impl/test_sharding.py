@@ -136,6 +136,21 @@ def test_local_shards_after_a_forward_without_backward(pools: Pools, strategy: s
     assert pools.run(2, "wires:shards_after_evaluation", strategy=strategy) == [True, True]
 
 
+UNLIKE = {
+    "weight": "layers.0.base.weight is another on some rank",
+    "absmax": "layers.0.base.absmax is another on some rank",
+    "more": "ranks have models of unlike numbers of weights",
+}
+
+
+@pytest.mark.parametrize("what", UNLIKE)
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
+def test_ranks_with_unlike_models_are_told(pools: Pools, strategy: str, what: str) -> None:
+    """Each would hold a part of another model: all of them hear of it, with the tensor's name."""
+    for said in pools.run(3, "wires:unlike", strategy=strategy, what=what):
+        assert said.startswith(f"ShardingError: {UNLIKE[what]}")
+
+
 REFUSED = {
     "storage-against-wire": ("fsdp2", "StorageError", "param_dtype torch.float16 against quant_storage torch.bfloat16"),
     "integer-storage": ("fsdp1", "StorageError", "fsdp1 can't hold torch.uint8 bytes"),

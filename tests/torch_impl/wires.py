@@ -204,6 +204,21 @@ def _with(**extra: nn.Module | nn.Parameter) -> nn.Module:
     return model
 
 
+def unlike(*, rank: int, world: int, strategy: str, what: str) -> str:
+    """What is said where the last rank's model is another."""
+    model = build(Stack(quant=QuantConfig() if what == "absmax" else None))
+    base = next(module for module in model.modules() if isinstance(module, DoraLinear)).base
+    if rank == world - 1 and what == "more":
+        model.extra = nn.Parameter(torch.zeros(1), requires_grad=False)
+    elif rank == world - 1:
+        getattr(base, what).data.flatten()[0] += 1
+    try:
+        shard_model(model, ShardConfig(strategy=strategy))
+    except DoraError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 _UNSHARDABLE = {
     "storage-against-wire": (lambda: build(Stack(quant=QuantConfig())), {"param_dtype": torch.float16}),
     "integer-storage": (lambda: build(Stack(quant=QuantConfig(quant_storage=torch.uint8))), {}),

@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -50,6 +50,7 @@ from torch.utils._pytree import tree_map_only
 from torch_impl.config import ShardConfig
 from torch_impl.layers.dora import DoraLayer
 from torch_impl.layers.products import agree
+from torch_impl.sharding.alike import refuse_unlike, start_alike
 from torch_impl.sharding.meshes import DATA, TENSOR, rank_mesh
 from torch_impl.sharding.shardable import refuse_unshardable
 from torch_impl.sharding.stale import trained, watch_replaced
@@ -71,7 +72,8 @@ def shard_model(model: nn.Module, config: ShardConfig) -> nn.Module:
         The model to run from now on (under fsdp1 a wrapper; build the optimizer from *its* parameters).
 
     Raises:
-        ShardingError: no process group, no DoRA layer, sharded already, or a unit that the strategy can't hold (S7).
+        ShardingError: no process group, no DoRA layer, sharded already, a unit that the strategy can't hold (S7), or a
+            frozen weight that is another on some rank.
         StorageError: `param_dtype` against `quant_storage`, or integer storage in a flat parameter (S6, S7).
     """
     if config.how.alone:
@@ -81,7 +83,8 @@ def shard_model(model: nn.Module, config: ShardConfig) -> nn.Module:
     agree(device)
     if config.how.replicates and not config.how.cuts:
         return DistributedDataParallel(model)
-    _start_alike(model, device)
+    refuse_unlike(model, device)
+    start_alike(model, device)
     before = trained(model)
     if config.how.tensor:
         mesh = rank_mesh(device.type, config)
@@ -104,18 +107,6 @@ def shard_model(model: nn.Module, config: ShardConfig) -> nn.Module:
         _prefetch(sharded)
     watch_replaced(before, sharded)
     return sharded
-
-
-@torch.no_grad()
-def _start_alike(model: nn.Module, device: torch.device) -> None:
-    """S9: what trains starts as the first rank has it, whatever seed each rank drew A with; a collective a dtype."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for dtype in dict.fromkeys(parameter.dtype for parameter in trained):
-        alike = [parameter for parameter in trained if parameter.dtype == dtype]
-        flat = torch.cat([parameter.detach().flatten() for parameter in alike]).to(device)
-        distributed.broadcast(flat, src=0)
-        for parameter, values in zip(alike, flat.split([p.numel() for p in alike]), strict=True):
-            parameter.copy_(values.view_as(parameter))
 
 
 def _prefetch(model: FSDPModule) -> None:
