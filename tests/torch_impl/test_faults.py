@@ -70,7 +70,7 @@ MOMENTS = {
 @pytest.mark.parametrize(
     ("name", "rank"),
     [
-        pytest.param(name, rank, marks=() if (name, rank) == ("step", 1) else pytest.mark.long)
+        pytest.param(name, rank, marks=() if (name, rank) == ("save", 1) else pytest.mark.long)
         for name in MOMENTS
         for rank in (0, 1)
     ],
@@ -212,6 +212,7 @@ def test_a_hang_is_ended_with_every_ranks_phase_and_stack(tmp_path: Path, words:
     assert f"rank 1 (pid {ending.victim} on " in text
 
 
+@pytest.mark.long
 def test_a_slow_phase_prints_every_ranks_stack(tmp_path: Path, words: Callable[..., list[str]]) -> None:
     """A limit that no load keeps: both ranks print phase and stack, and the job ends non-zero."""
     job = watch(words("--phase-timeout", "0.05"), until="past --phase-timeout", act=lambda *_: 0)

@@ -154,18 +154,21 @@ class DoraLayer(nn.Module):
         if self.cut is not None:
             x = self.cut.enter(x)
         adapter = (p if p is None else local(p) for p in (self.lora_A, self.lora_B, self.magnitude))
-        y = self.base(self._by_rule, x, *adapter, bias_O, self._kept(x, keep))
+        keep = self._own(self._drawn(x) if keep is None else keep, x)
+        y = self.base(self._by_rule, x, *adapter, bias_O, keep)
         return y if self.cut is None else self.cut.leave(y)
 
-    def _kept(self, x: Tensor, keep: Tensor | None) -> Tensor | None:
-        """D9: which numbers of x are kept, while training with dropout; all tensor ranks draw the same (S10)."""
+    def _drawn(self, x: Tensor) -> Tensor | None:
+        """D9: which numbers of x are kept, while training with dropout; all tensor ranks draw the whole mask (S10)."""
+        if not self.training or self.config.dropout == 0:
+            return None
         splits = self.cut is not None and self.cut.splits_rows
-        if keep is None and self.training and self.config.dropout > 0:
-            whole = x.new_empty(()).expand(*x.shape[:-1], self.rows.length) if splits else x
-            keep = draw(whole, rate=self.config.dropout)
-        if keep is not None and self.cut is not None and keep.shape != x.shape:
-            keep = self.cut.own(keep)
-        return keep
+        whole = x.new_empty(()).expand(*x.shape[:-1], self.rows.length) if splits else x
+        return draw(whole, rate=self.config.dropout)
+
+    def _own(self, keep: Tensor | None, x: Tensor) -> Tensor | None:
+        """S10: a mask of the whole input for this rank's features of it."""
+        return keep if keep is None or self.cut is None or keep.shape == x.shape else self.cut.own(keep)
 
     def _by_rule(self, base: DenseBase | PackedBase, *tensors: Tensor | None) -> Tensor:
         """Run by the base, in its forward."""
