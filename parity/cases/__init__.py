@@ -45,7 +45,7 @@ def _cases_of(tier: Tier) -> tuple[Case, ...]:
         *mesh_cases(tier),
         *unit_cases(),
         *expert_cases(),
-        *tensor_cases(),
+        *tensor_cases(tier),
         *training_cases(tier),
         *file_cases(),
         *pretrained_cases(tier),

@@ -15,17 +15,20 @@ _PACKED = {"base": "nf4", "blocksize": 32}
 """Blocks of which a tensor rank's part of each layer has whole ones."""
 
 
-def tensor_cases() -> Iterator[Case]:
-    """On lattices, where sums over tensor ranks are exact in any order; and within the oracle's bounds."""
+def tensor_cases(tier: str) -> Iterator[Case]:
+    """On lattices, where sums over tensor ranks are exact in any order; and within the oracle's bounds.
+
+    The quick tier has what a layer may have besides under `fsdp2-tp` alone.
+    """
     for (strategy, world), shape in product(_PLACES, (EVEN, TURNED)):
         yield _case(shape, inputs="lattice", strategy=strategy, world=world)
-    for strategy, world in _PLACES:
+    for strategy, world in _PLACES if tier == "full" else (("tp", 3), ("fsdp2-tp", 4)):
         packed = EVEN if world == 3 else WIDE  # noqa: PLR2004 - what divides by three has no whole blocks by four
         at = {"strategy": strategy, "world": world}
         yield _case(packed, inputs="lattice", **_PACKED, **at)
         yield _case(packed, inputs="gaussian", **_PACKED, **at)  # scales that differ
         yield _case(EVEN, inputs="gaussian", steps=2, optimizer="adamw", bias=True, activation="relu", **at)
-    for strategy, world in (("tp", 2), ("fsdp2-tp", 4)):
+    for strategy, world in (("tp", 2), ("fsdp2-tp", 4)) if tier == "full" else (("fsdp2-tp", 4),):
         yield from _features({"strategy": strategy, "world": world})
     at = {"strategy": "fsdp2-tp", "world": 4}
     yield _case(EVEN, inputs="lattice", units="layer", **at)

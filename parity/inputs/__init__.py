@@ -21,9 +21,16 @@ from parity.inputs.lattice import integer_stack, lattice_stack
 Arrays = dict[str, np.ndarray]
 
 
-@functools.lru_cache(maxsize=32)
 def stack_inputs(case: StackCase) -> Arrays:
-    """The named float32 arrays of a stack; each is exactly representable in the dtype that the case stores it in."""
+    """The named float32 arrays of a stack; each is exactly representable in the dtype that the case stores it in.
+
+    Drawn once for all cases that differ in how they are sharded: a packed lattice takes most of a second.
+    """
+    return _drawn(case.undisturbed(world=case.input_world))
+
+
+@functools.lru_cache(maxsize=64)
+def _drawn(case: StackCase) -> Arrays:
     if (
         isinstance(case, TrainCase) and case.faint
     ):  # the same numbers, and a fainter cotangent: a power of two leaves exact what was
