@@ -151,8 +151,8 @@ class ShardConfig:
     tensor_size: int | None = None
     """`fsdp2-tp`: ranks that share each layer's features, neighbours in rank; `tp` has all."""
     tensor_plan: Mapping[str, str] | None = None
-    """`tp` and `fsdp2-tp`: a style for each layer, by name or pattern (see `torch_impl.sharding.tensor_parallel`).
-    None is the model's own `tp_plan`, which transformers' have."""
+    """`tp` and `fsdp2-tp`: a style for each layer, by name or pattern (see `torch_impl.sharding.tensor_parallel`); it
+    counts beside the model's own `tp_plan`, which transformers' have, and before it."""
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:

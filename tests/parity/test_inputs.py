@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from parity import inputs
 from parity.case import NetworkCase, StackCase
 from parity.cases import cases_of
 from parity.errors import LatticeNotExact
@@ -32,7 +33,7 @@ EACH_LATTICE = pytest.mark.parametrize("case", LATTICES, ids=lambda case: case.i
 
 def drawn(case):
     """The arrays, drawn again whatever was drawn before."""
-    return stack_inputs.__wrapped__(case)
+    return inputs._drawn.__wrapped__(case)
 
 
 def same(left, right):

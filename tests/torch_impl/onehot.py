@@ -70,6 +70,7 @@ class Net(nn.Module):
     def __init__(self, case: Stack) -> None:
         super().__init__()
         pairs = zip(case.sizes, case.sizes[1:], strict=False)
+        torch.manual_seed(4)  # the same weights on every rank
         self.layers = nn.ModuleList(nn.Linear(i, o, bias=case.bias) for i, o in pairs)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -96,6 +96,16 @@ def differing(
     return {"differing": found, "compared": len(gradients), "norms": norms}
 
 
+def planned(*, rank: int, world: int) -> dict[str, str]:
+    """How each layer is cut, of a model that has a plan itself."""
+    del rank, world
+    model = build(["gate", "up", "down"])
+    model.tp_plan = {"gate": "colwise_gather_output", "up": "colwise", "down": "rowwise_split_input", "gone": "colwise"}
+    model = shard_model(model, ShardConfig(strategy="tp", tensor_plan={"up": "replicate"}))
+    cuts = {name: layer.cut for name, layer in model.named_modules() if isinstance(layer, DoraLayer)}
+    return {name: cut.along for name, cut in cuts.items() if cut is not None}
+
+
 def norms(*, rank: int, world: int, W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """The norms of rows that the ranks share."""
     cut = Cut("row", rank_mesh("cpu", ShardConfig(strategy="tp"))[TENSOR])

@@ -47,6 +47,11 @@ def test_s10_so_they_are_with_dropout_and_without_a_magnitude(
     same(pools, world, strategy=strategy, tensor=tensor, targets=ALL, **config)
 
 
+def test_a_plan_goes_before_the_models_own(pools: Pools) -> None:
+    """What the model's plan lacks or has otherwise."""
+    assert pools.run(2, "tensor_ranks:planned") == [{"gate": "column", "up": "whole", "down": "row"}] * 2
+
+
 def cancelling(left: float) -> tuple[Tensor, Tensor, Tensor, float]:
     """Rows with W = -s B A + tiny, which go to float64."""
     case = gaussian(64, 96, 4)

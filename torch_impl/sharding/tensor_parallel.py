@@ -51,25 +51,24 @@ def tensor_styles(model: nn.Module, config: ShardConfig) -> dict[str, str]:
 
     Args:
         model: with DoRA layers, not sharded.
-        config: with a `tensor_plan`, or none: then the model's own `tp_plan` counts.
+        config: its `tensor_plan` counts before the model's own `tp_plan`.
 
     Raises:
         ShardingError: there is no plan, or a pattern of the user's matches nothing.
     """
-    plan: Mapping[str, str] | None = config.tensor_plan
-    if plan is None:
-        plan = cast("Any", getattr(model, "tp_plan", None)) or None
-    if plan is None:
+    own: Mapping[str, str] = cast("Any", getattr(model, "tp_plan", None)) or {}
+    given = config.tensor_plan or {}
+    if not own and not given:
         raise ShardingError(
             f"{config.strategy} has no plan for a {type(model).__name__}",
             hint='give ShardConfig(tensor_plan={"layers.*.up": "colwise", "layers.*.down": "rowwise"}), say',
         )
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     styles: dict[str, str] = {}
-    for pattern, style in plan.items():
+    for pattern, style in (*own.items(), *given.items()):
         known = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
         found = [name for name in names if known.fullmatch(name)]
-        if not found and config.tensor_plan is not None:
+        if not found and pattern in given:
             raise ShardingError(f"tensor_plan's {pattern!r} matches nothing", hint="correct it, or leave it out")
         styles |= dict.fromkeys(found, style)
     return styles
