@@ -1,5 +1,6 @@
 """S10, S12, C4: features shared by tensor ranks, alone and beside FSDP2's shards; what is refused; what is saved."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,30 @@ def test_what_tensor_ranks_cannot_share_is_refused_in_one_line(pools: Pools, nam
         assert part in got[1]
         assert "\n" not in got[1]
         assert got[2]
+
+
+UNLOADED = {
+    "heads": ({}, 4, "num_key_value_heads 2 don't divide among 4 tensor ranks"),
+    "blocks": ({"quant": "nf4"}, 2, "a tensor rank's 24 numbers of each row are no whole blocks of 64"),
+    "size": ({"strategy": "fsdp2-tp", "tensor_size": 3}, 4, "tensor_size 3 for fsdp2-tp in a world of 4"),
+}
+
+
+@pytest.mark.parametrize("name", UNLOADED)
+def test_a_run_is_refused_before_a_weight_is_read(
+    pools: Pools, options: Callable[..., dict[str, Any]], name: str
+) -> None:
+    """From the skeleton and what is to be put on it: the checkpoint's weights are gone, and nobody misses them."""
+    changed, world, part = UNLOADED[name]
+    run = options(**{"strategy": "tp", **changed})
+    bare = run["out"].parent / "bare"
+    shutil.copytree(run["model"], bare)
+    for weights in bare.glob("*.safetensors"):
+        weights.write_bytes(b"")
+
+    for said in pools.run(world, "runs:train", options=run | {"model": bare}):
+        assert said.startswith(("ShardingError: ", "StorageError: "))
+        assert part in said
 
 
 def test_s12_what_tensor_ranks_saved_others_read_and_they_read_others(pools: Pools, tmp_path: Path) -> None:

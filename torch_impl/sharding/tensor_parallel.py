@@ -16,7 +16,8 @@ since what computes between a pair reads its number of features; everything else
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -25,12 +26,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from torch_impl.config import ShardConfig
+from torch_impl.config import DoraConfig, ShardConfig
 from torch_impl.errors import ShardingError, StorageError
+from torch_impl.inject import target, target_names
 from torch_impl.layers import quant
 from torch_impl.layers.bases import PackedBase
 from torch_impl.layers.cut import Along, Cut
 from torch_impl.layers.dora import DoraLayer, DoraLinear
+from torch_impl.layers.kinds import kind_of, rows_of
 
 STYLES: dict[str, tuple[Along, bool]] = {
     "colwise": ("column", False),
@@ -74,8 +77,25 @@ def tensor_styles(model: nn.Module, config: ShardConfig) -> dict[str, str]:
     return styles
 
 
-def refuse_uncuttable(model: nn.Module, config: ShardConfig, *, ranks: int) -> None:
+@dataclass(frozen=True)
+class _Adapted:
+    """What decides whether tensor ranks can share a layer that has an adapter, or is to have one."""
+
+    kind: type[DoraLayer] | None
+    out: int
+    fan_in: int
+    blocksize: int | None
+    """Of its packed weight (Q1); None where that is dense."""
+
+
+def refuse_uncuttable(model: nn.Module, config: ShardConfig, *, ranks: int, dora: DoraConfig | None = None) -> None:
     """Refuse what can't be cut, before anything is.
+
+    Args:
+        model: with DoRA layers; or without, be it on the meta device, and with `dora`: what is to be put on it.
+        config: with its plan.
+        ranks: tensor ranks.
+        dora: adapters that are to come; None where the model has them.
 
     Raises:
         ShardingError: no plan, a layer without a style, a style or kind of layer that isn't known here, features that
@@ -83,28 +103,46 @@ def refuse_uncuttable(model: nn.Module, config: ShardConfig, *, ranks: int) -> N
         StorageError: a packed weight whose parts would not be of whole blocks.
     """
     styles = tensor_styles(model, config)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, DoraLayer)}
+    layers = dict(_there(model) if dora is None else _to_come(model, dora))
     for name in layers:
         if name not in styles:
             raise ShardingError(
                 f"{config.strategy} has no style for the adapted layer {name}",
                 hint="name it in tensor_plan, as `replicate` where its input and output are whole, or don't adapt it",
             )
-    inside = tuple(f"{name}." for name in layers)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not name.startswith(inside):
-            raise ShardingError(
-                f"{name} trains, and {config.strategy} knows no gradient of it but adapters'", hint="freeze it"
-            )
     _refuse_heads(model, styles, ranks=ranks)
     for name, style in styles.items():
         module = model.get_submodule(name)
-        if isinstance(module, DoraLayer):
-            _refuse_layer(name, module, style, ranks=ranks)
+        if name in layers:
+            _refuse_layer(name, layers[name], style, ranks=ranks)
         elif _cuts_plain(style):
             _refuse_plain(name, module, style, ranks=ranks)
         elif style not in STYLES and style not in _LEFT_WHOLE and not _holds_experts(module):
             raise ShardingError(f"{name} is {style!r} in the plan, which isn't known here", hint="give a tensor_plan")
+    inside = tuple(f"{name}." for name in layers)
+    for name, parameter in model.named_parameters() if dora is None else ():
+        if parameter.requires_grad and not name.startswith(inside):
+            raise ShardingError(
+                f"{name} trains, and {config.strategy} knows no gradient of it but adapters'", hint="freeze it"
+            )
+
+
+def _there(model: nn.Module) -> Iterator[tuple[str, _Adapted]]:
+    """The adapted layers of a model."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, DoraLayer):
+            blocksize = layer.base.format.blocksize if isinstance(layer.base, PackedBase) else None
+            yield name, _Adapted(type(layer), layer.rows.out, layer.rows.length, blocksize)
+
+
+def _to_come(model: nn.Module, dora: DoraConfig) -> Iterator[tuple[str, _Adapted]]:
+    """Those that it is to have."""
+    blocksize = None if dora.quant_config is None else dora.quant_config.blocksize
+    for name in target_names(model, dora):
+        module = target(model, name)
+        rows = rows_of(module)
+        if rows is not None:
+            yield name, _Adapted(kind_of(module), rows.out, rows.length, blocksize)
 
 
 def _holds_experts(module: nn.Module) -> bool:
@@ -128,27 +166,22 @@ def _divisors(number: int) -> str:
     return f"use a tensor_size of {' or '.join(map(str, found))}" if found else "it can't be cut"
 
 
-def _refuse_layer(name: str, layer: DoraLayer, style: str, *, ranks: int) -> None:
+def _refuse_layer(name: str, layer: _Adapted, style: str, *, ranks: int) -> None:
     """S10 of one adapted layer."""
     if style not in STYLES:
         raise ShardingError(f"{name} is {style!r} in the plan", hint=f"adapted layers can be {', '.join(STYLES)}")
     along, _ = STYLES[style]
     if along == "whole":
         return
-    if type(layer) is not DoraLinear:
-        raise ShardingError(
-            f"{name} is a {type(layer).__name__}, which tensor ranks can't share", hint="don't adapt it, or use fsdp2"
-        )
-    _refuse_features(name, layer.out_features, layer.in_features, along, ranks=ranks)
-    base = layer.base
-    if not isinstance(base, PackedBase):
-        return
-    height, width = base.format.shape
-    part = height // ranks * width if along == "column" else width // ranks
-    if part % base.format.blocksize:
-        what = f"{height // ranks} rows of {width}" if along == "column" else f"{part} numbers of each row"
+    if layer.kind is not DoraLinear:
+        kind = "layer" if layer.kind is None else layer.kind.__name__
+        raise ShardingError(f"{name} is a {kind}, which tensor ranks can't share", hint="don't adapt it, or use fsdp2")
+    _refuse_features(name, layer.out, layer.fan_in, along, ranks=ranks)
+    part = layer.out // ranks * layer.fan_in if along == "column" else layer.fan_in // ranks
+    if layer.blocksize is not None and part % layer.blocksize:
+        what = f"{layer.out // ranks} rows of {layer.fan_in}" if along == "column" else f"{part} numbers of each row"
         raise StorageError(
-            f"{name}: a tensor rank's {what} are no whole blocks of {base.format.blocksize}",
+            f"{name}: a tensor rank's {what} are no whole blocks of {layer.blocksize}",
             hint="use a smaller blocksize or tensor_size",
         )
 

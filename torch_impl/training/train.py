@@ -28,6 +28,7 @@ from torch_impl.files.adapter import WEIGHTS, save_adapter
 from torch_impl.files.materialize import materialize, recompute_activations
 from torch_impl.sharding.apply import shard_model
 from torch_impl.sharding.meshes import shard_size, tensor_size
+from torch_impl.sharding.tensor_parallel import refuse_uncuttable
 from torch_impl.strategies import STRATEGIES
 from torch_impl.training import continuation, optim
 from torch_impl.training.accumulation import backpropagate
@@ -153,7 +154,7 @@ def _started(options: TrainOptions, phases: Phases, *, resume: bool) -> Run:
             dtype=torch_dtype(options.dtype),
             load=options.load,
             note=lambda name: setattr(phases, "detail", name),
-            check=partial(_refuse_model, options=options, items=kept + evaluation),
+            check=partial(_refuse_model, options=options, items=kept + evaluation, ranks=phases.world_size),
         )
         model.config.use_cache = False
         if options.checkpoint_activations:
@@ -189,10 +190,13 @@ def _started(options: TrainOptions, phases: Phases, *, resume: bool) -> Run:
     return run
 
 
-def _refuse_model(model: nn.Module, options: TrainOptions, items: list[list[int]]) -> None:
-    """What the skeleton tells: text that the model can't read, targets that it hasn't got."""
+def _refuse_model(model: nn.Module, options: TrainOptions, items: list[list[int]], ranks: int) -> None:
+    """What the skeleton tells: text that the model can't read, targets that it hasn't got or ranks can't share."""
     refuse_beyond(model, items)
     refuse_unmatched(model, targets(options.target_modules), parameters(options.target_parameters))
+    if options.sharding.how.tensor:
+        shared = tensor_size(options.sharding, world_size=ranks)
+        refuse_uncuttable(model, options.sharding, ranks=shared, dora=options.dora)
 
 
 def _text(options: TrainOptions) -> tuple[list[list[int]], list[list[int]]]:
