@@ -64,4 +64,5 @@ EXPERTS = Shape(
 EVEN = Shape("even", ((96, 96), (96, 35)), 3, 1.25, 1.0, "two to four tensor ranks: a column's features are a row's")
 TURNED = Shape("turned", ((96, 35), (35, 96)), 3, 1.25, 1.0, "a row, whose input is sliced, and a column, gathered")
 WIDE = Shape("wide", ((64, 128), (128, 35)), 3, 1.25, 1.0, "whole blocks of 32 for two and four tensor ranks (S10)")
+NESTED = Shape("nested", ((64, 256),), 2, 1.5, 1.0, "two tensor ranks with a whole nested block each (Q6, S10)")
 SHAPES = (UNEVEN, PADDED, THIN, SINGLE_ROW)

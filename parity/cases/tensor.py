@@ -8,7 +8,7 @@ from typing import Any
 
 from parity.case import Case
 from parity.cases.declared import stack_case
-from parity.cases.shapes import EVEN, TURNED, UNEVEN, WIDE, Shape, layer_of
+from parity.cases.shapes import EVEN, NESTED, TURNED, UNEVEN, WIDE, Shape, layer_of
 
 _PLACES = (("tp", 2), ("tp", 3), ("tp", 4), ("fsdp2-tp", 4))
 _PACKED = {"base": "nf4", "blocksize": 32}
@@ -30,6 +30,7 @@ def tensor_cases(tier: str) -> Iterator[Case]:
         yield _case(EVEN, inputs="gaussian", steps=2, optimizer="adamw", bias=True, activation="relu", **at)
     for strategy, world in (("tp", 2), ("fsdp2-tp", 4)) if tier == "full" else (("fsdp2-tp", 4),):
         yield from _features({"strategy": strategy, "world": world})
+    yield _case(NESTED, inputs="gaussian", strategy="tp", world=2, **_PACKED)
     at = {"strategy": "fsdp2-tp", "world": 4}
     yield _case(EVEN, inputs="lattice", units="layer", **at)
     yield _case(WIDE, inputs="lattice", units="layer", **_PACKED, **at)
