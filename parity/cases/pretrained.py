@@ -37,15 +37,14 @@ def pretrained_cases(tier: str) -> list[NetworkCase]:
     if tier == "quick":
         return [*_declare(QUICK_BLOCKS, _QUICK_SHARDED, _QUICK_WHOLE), *_disturbed(("nf4", "bfloat16"))]
     declared = [case for blocks in (QUICK_BLOCKS, ALL_BLOCKS) for case in _declare(blocks, _SHARDED, _WHOLE)]
-    declared += [_tensor_ranks(QUICK_BLOCKS, base, strategy="tp", world=3) for base in ("float32", "nf4")]
-    declared += [_tensor_ranks(QUICK_BLOCKS, "nf4", strategy="fsdp2-tp", world=6, tensor=3)]
-    declared += [_tensor_ranks(ALL_BLOCKS, "nf4", strategy="tp", world=3)]
+    declared += [_tensor_ranks(base, strategy="tp", world=3) for base in ("float32", "nf4")]
+    declared += [_tensor_ranks("nf4", strategy="fsdp2-tp", world=6, tensor=3)]
     return declared + [case for precision in _PRECISIONS for case in _disturbed(precision, resumes=True)]
 
 
-def _tensor_ranks(blocks: int, base: str, **at: Any) -> NetworkCase:
+def _tensor_ranks(base: str, **at: Any) -> NetworkCase:
     """S10: three, as there are nine heads and three of keys; sums in another order, so that no twin has their bits."""
-    return _case(link="frameworks", inputs="text", blocks=blocks, base=base, **at)
+    return _case(link="frameworks", inputs="text", blocks=QUICK_BLOCKS, base=base, **at)
 
 
 def _case(**fields: Any) -> NetworkCase:
