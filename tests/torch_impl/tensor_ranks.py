@@ -130,6 +130,17 @@ def unlike_batches(*, rank: int, world: int, later: bool) -> str:
     return ""
 
 
+def parted(*, rank: int, world: int) -> str:
+    """What a rank says of copies whose bits are 1, 2, 3, ...: those of a middle one are the mean of all."""
+    del world
+    cut = Cut("row", rank_mesh("cpu", ShardConfig(strategy="tp"))[TENSOR])
+    try:
+        cut.sums(torch.ones(2), alike=torch.tensor([rank + 1], dtype=torch.int32).view(torch.float32))
+    except DoraError as error:
+        return str(error)
+    return ""
+
+
 REFUSED: dict[str, tuple[str, str]] = {
     "no-plan": ("ShardingError", "tp has no plan for a Block"),
     "no-style": ("ShardingError", "tp has no style for the adapted layer mixed"),

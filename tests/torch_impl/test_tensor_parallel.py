@@ -100,6 +100,13 @@ def test_unlike_batches_are_named_and_never_waited_for(pools: Pools, *, later: b
     assert all(line.startswith("ShardingError: tensor ranks have unlike copies of one tensor") for line in said)
 
 
+def test_every_rank_is_told_of_unlike_copies(pools: Pools) -> None:
+    """One that went on would wait for those that don't."""
+    said = pools.run(3, "tensor_ranks:parted")
+
+    assert all(line.startswith("tensor ranks have unlike copies of one tensor") for line in said)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_tensor_ranks_cannot_share_is_refused_in_one_line(pools: Pools, name: str) -> None:
     """By name and with the mend, before anything is changed."""
